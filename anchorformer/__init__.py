@@ -1,0 +1,1 @@
+"""Two-stage training of large multimodal models with visual anchors: the model library."""

@@ -1,0 +1,1 @@
+"""Connectors: from anchors and visual tokens to language-model embeddings; one file each."""

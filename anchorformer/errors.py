@@ -1,0 +1,28 @@
+"""The one exception for mistakes a user can mend: it says what was found, what was expected and what to do."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A mistake in a config, a file or a command; entry points print it on one screen and exit with 2.
+
+    Args:
+        what: the problem in one line, naming the file, key or record.
+        found: what is there.
+        expected: what would have been right.
+        remedy: the next thing to do.
+    """
+
+    exit_code = 2
+
+    def __init__(self, what: str, *, found: object, expected: object, remedy: str) -> None:
+        self.what, self.found, self.expected, self.remedy = what, str(found), str(expected), remedy
+        super().__init__(f"{what}\n  found:    {found}\n  expected: {expected}\n  remedy:   {remedy}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Keyword-only arguments do not survive the default pickling, and data workers send their errors by pickle.
+        return _rebuild, (type(self), self.what, self.found, self.expected, self.remedy)
+
+
+def _rebuild(cls: type[UserError], what: str, found: str, expected: str, remedy: str) -> UserError:
+    return cls(what, found=found, expected=expected, remedy=remedy)

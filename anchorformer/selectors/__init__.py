@@ -1,0 +1,1 @@
+"""Selectors: which visual tokens become anchors; one file each."""

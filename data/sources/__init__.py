@@ -1,0 +1,1 @@
+"""Sources: one file per dataset family, in its native published format."""

@@ -1,0 +1,41 @@
+"""What every source is: a config that names files, and memory-mapped records behind `len` and an index."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from anchorformer.schema import Schema
+from data.record import Record
+
+PACKAGE = "data.sources"
+
+
+class Source(Protocol):
+    """Records of one dataset, by position; opening one reads no more than that one from disk."""
+
+    name: str
+    fingerprint: str
+    """Hash of the annotation files and of the options that decide which records there are."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig(Schema):
+    """Base of all source configs; a new dataset subclasses it beside its reader and adds one YAML."""
+
+    weight: float = 1.0
+    """Passes over this source per epoch of the mixture."""
+
+    def open(self, name: str, root: Path, cache_dir: Path) -> Source:
+        """Reads the annotations (once; an Arrow copy is kept in `cache_dir`).
+
+        Raises:
+            UserError: file or folder missing, not in the expected layout, or a record that cannot be understood,
+                named by file and position.
+        """
+        raise NotImplementedError

@@ -1,0 +1,1 @@
+"""The tasting room: generate, score, report."""

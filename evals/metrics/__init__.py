@@ -1,0 +1,1 @@
+"""Metrics: exact, dependency-free scoring functions."""

@@ -1,0 +1,1 @@
+"""The workshop: configs, engines and the two-stage training loop."""

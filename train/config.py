@@ -1,0 +1,236 @@
+"""The run's whole configuration as frozen dataclasses, and the checks that span several of them; imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from anchorformer.errors import UserError
+from anchorformer.schema import Schema, to_plain
+
+
+class StageName(str, Enum):
+    align = "align"
+    finetune = "finetune"
+
+
+class Part(str, Enum):
+    """The parts of the model that a stage can train, by the attribute that holds them."""
+
+    vision_tower = "vision_tower"
+    connector = "connector"
+    language_model = "language_model"
+
+
+class Schedule(str, Enum):
+    cosine = "cosine"
+    constant = "constant"
+
+
+class EngineName(str, Enum):
+    deepspeed = "deepspeed"
+    plain = "plain"
+
+
+class Precision(str, Enum):
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Device(str, Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Overlength(str, Enum):
+    error = "error"
+    drop = "drop"
+    truncate_answer = "truncate_answer"
+
+
+class OnBadImage(str, Enum):
+    error = "error"
+    skip = "skip"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartConfig(Schema):
+    """How a stage trains one part; a part that is not listed is frozen."""
+
+    lr: float
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices; norms and biases get none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig(Schema):
+    """One training stage: what it trains, on how much, with which schedule."""
+
+    name: StageName
+    trains: dict[Part, PartConfig]
+    """Parts that are trained; everything else is frozen and asserted to stay bit-equal."""
+    template: str
+    """Conversation template: `plain`, `v1`, or `chat` for the tokenizer's own."""
+    global_batch: int
+    """Samples per optimizer step over all ranks; accumulation is derived from it, never typed."""
+    epochs: float | None = 1.0
+    """Passes over the mixture; exactly one of `epochs` and `max_steps` is set."""
+    max_steps: int | None = None
+    """Optimizer steps; set `epochs: null` with it."""
+    warmup_ratio: float = 0.03
+    """Share of the steps with linearly rising learning rate."""
+    schedule: Schedule = Schedule.cosine
+    min_lr_ratio: float = 0.0
+    """Where the cosine ends, as a share of the peak."""
+    clip_norm: float = 1.0
+    """Largest total gradient norm; 0 switches clipping off."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Schema):
+    """What `anchorformer.assemble` builds: hub ids or local folders, and the parts between them."""
+
+    vision: str
+    language_model: str
+    selector: dict[str, Any]
+    """Plug-in of `anchorformer.selectors`."""
+    connector: dict[str, Any]
+    """Plug-in of `anchorformer.connectors`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Schema):
+    """Where samples come from and what happens to the awkward ones."""
+
+    root: str
+    """Folder that relative paths of the sources start from."""
+    sources: dict[str, dict[str, Any]]
+    """Name -> plug-in of `data.sources`, each with a `weight` (passes over it per epoch)."""
+    max_length: int = 2048
+    """Positions per sample, anchors counted."""
+    overlength: Overlength = Overlength.error
+    on_bad_image: OnBadImage = OnBadImage.error
+    max_dropped_share: float = 0.02
+    """Share of dropped or skipped samples above which the run stops."""
+    token_budget: int | None = None
+    """Most positions in one micro-batch; null leaves `hardware.micro_batch` alone to decide."""
+    num_workers: int = 0
+    """Loader processes per rank."""
+    cache_dir: str = ".cache/data"
+    """Where Arrow copies of the annotations and token counts are kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroConfig(Schema):
+    """DeepSpeed ZeRO: what is sharded over the ranks."""
+
+    stage: int = 2
+    overlap_comm: bool = True
+    bucket_size: int = 200_000_000
+    """Elements per reduce bucket."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HardwareConfig(Schema):
+    """What the run is started on."""
+
+    device: Device = Device.auto
+    ranks: int = 1
+    """Processes per node."""
+    nodes: int = 1
+    micro_batch: int = 1
+    """Most samples in one micro-batch of one rank."""
+    precision: Precision = Precision.auto
+    """`auto` is bf16 on CUDA; on CPU it follows the model's size and what the CPU can do, and is logged."""
+    threads: int = 0
+    """CPU threads per rank; 0 divides the cores by the ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig(Schema):
+    every: int = 10
+    """Steps between console lines and per-part gradient norms; `metrics.jsonl` gets every step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig(Schema):
+    every: int | None = None
+    """Steps between checkpoints; null saves only at the end."""
+    keep: int = 2
+    """Newest complete checkpoints kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Schema):
+    """Everything that decides a run; written to `checkpoints/<run>/config.yaml`, and all that ranks ever see."""
+
+    run: str
+    """Name of the run, its folder under `output_root`."""
+    stage: StageConfig
+    model: ModelConfig
+    data: DataConfig
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    engine: EngineName = EngineName.deepspeed
+    seed: int = 0
+    init_from: str | None = None
+    """Run or model folder to start from; required by finetune, while align assembles a fresh model without it."""
+    resume: str = "never"
+    """`never`, `auto` (newest complete checkpoint of this run) or a checkpoint folder."""
+    output_root: str = "checkpoints"
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @property
+    def world_size(self) -> int:
+        return self.hardware.ranks * self.hardware.nodes
+
+    @property
+    def digest(self) -> str:
+        """Hash of every value, for comparing nodes and naming checkpoints."""
+        return hashlib.sha256(json.dumps(to_plain(self), sort_keys=True).encode()).hexdigest()
+
+
+def check(config: RunConfig) -> None:
+    """Checks that span several groups.
+
+    Raises:
+        UserError: global batch not divisible by ranks times micro-batch, both or none of epochs and max_steps, finetune
+            without `init_from`, unknown ZeRO stage.
+    """
+    stage, hardware = config.stage, config.hardware
+    share = config.world_size * hardware.micro_batch
+    if share < 1 or stage.global_batch % share:
+        raise UserError(
+            "stage.global_batch cannot be dealt evenly",
+            found=f"{stage.global_batch} samples over {config.world_size} rank(s) x micro-batch {hardware.micro_batch}",
+            expected=f"a multiple of {share}",
+            remedy=f"set stage.global_batch={max(1, round(stage.global_batch / max(share, 1))) * share} or change "
+            "hardware.micro_batch",
+        )
+    if (stage.epochs is None) == (stage.max_steps is None):
+        raise UserError(
+            "the stage's length is not clear", found=f"epochs={stage.epochs}, max_steps={stage.max_steps}",
+            expected="exactly one of them set", remedy="set stage.epochs=null with stage.max_steps, or drop max_steps",
+        )
+    if stage.name is StageName.finetune and not config.init_from:
+        raise UserError(
+            "stage=finetune has nothing to start from", found="init_from=null",
+            expected="the align run whose connector is to be finetuned, or a model folder",
+            remedy="add init_from=checkpoints/<align run>",
+        )
+    if config.zero.stage not in (0, 1, 2, 3):
+        raise UserError(
+            "zero.stage is unknown", found=config.zero.stage, expected="0, 1, 2 or 3", remedy="e.g. zero=zero2"
+        )
