@@ -1,7 +1,7 @@
 """Plain mappings in, frozen dataclasses out: the one border where configs are checked.
 
-A mapping may hold *plug-ins*: `{"_target_": "anchorformer.connectors.mlp.MlpConfig", ...}` names a dataclass by its full
-import path, so that a new connector, selector or data source is one file and one YAML.
+A mapping may hold *plug-ins*: `{"_target_": "anchorformer.connectors.mlp.MlpConfig", ...}` names a dataclass by its
+full import path, so that a new connector, selector or data source is one file and one YAML.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import importlib
 from collections.abc import Iterator, Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import pydantic
 
@@ -80,7 +80,7 @@ def parse_plugin(base: type[T], spec: Mapping[str, Any], package: str, where: st
             f"{where}: {TARGET} is of the wrong kind", found=target, expected=f"a subclass of {base.__name__}",
             remedy="choose a YAML of the right config group",
         )
-    return cast(T, parse(cls, {key: value for key, value in spec.items() if key != TARGET}, where))
+    return parse(cls, {key: value for key, value in spec.items() if key != TARGET}, where)
 
 
 def to_plain(value: Any) -> Any:
