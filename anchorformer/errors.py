@@ -1,6 +1,10 @@
-"""The one exception for mistakes a user can mend: it says what was found, what was expected and what to do."""
+"""The one exception for mistakes a user can mend, and how every entry point reports it."""
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -26,3 +30,24 @@ class UserError(Exception):
 
 def _rebuild(cls: type[UserError], what: str, found: str, expected: str, remedy: str) -> UserError:
     return cls(what, found=found, expected=expected, remedy=remedy)
+
+
+def run_guarded(main: Callable[[], int | None]) -> NoReturn:
+    """Runs an entry point and leaves the process with its exit code.
+
+    A `UserError` is printed on one screen without a traceback and exits with its `exit_code`; an interrupt exits with
+    130 as a shell reports it; anything else is a fault of ours and keeps its traceback.
+
+    Args:
+        main: returns the exit code, None for 0.
+    """
+    try:
+        code = main() or 0
+    except UserError as error:
+        sys.stdout.flush()
+        print(f"error: {error}", file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    raise SystemExit(code)
