@@ -1,0 +1,136 @@
+"""Builds vision tower + language model + fresh connector once, as the model folder that every training starts from."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers.image_processing_base import ImageProcessingMixin
+
+from anchorformer.configuration import AnchorFormerConfig
+from anchorformer.errors import UserError, run_guarded
+from anchorformer.images import ImageTransform
+from anchorformer.modeling import parts_of
+from anchorformer.processing import IMAGE_TOKEN, AnchorFormerProcessor
+from anchorformer.vision import VisionTower
+from anchorformer.weights import part_state, write_parts
+
+log = logging.getLogger(__name__)
+
+
+def assemble(
+    vision: str, language_model: str, selector: Mapping[str, Any], connector: Mapping[str, Any], out: Path,
+    *, template: str, seed: int = 0,
+) -> Path:  # fmt: skip
+    """Writes a model folder; the backbones keep the precision they were published in, the connector starts in fp32.
+
+    Args:
+        vision: hub id or folder of a CLIP, DINOv2 or SigLIP model (a full CLIP serves, its text half is left out).
+        language_model: hub id or folder of a causal language model with its tokenizer.
+        selector, connector: plug-in mappings.
+        out: folder to be written; appears under its name only when complete.
+        template: conversation template of the processor; a run may choose another for its stage.
+        seed: of the fresh connector's weights.
+
+    Raises:
+        UserError: a backbone that cannot be found or does not fit the selector or connector.
+    """
+    vision_config, text_config = _vision_config(vision), _load_config(language_model, "language model")
+    mean, std = _image_statistics(vision)
+    tokenizer = AutoTokenizer.from_pretrained(language_model)
+    if IMAGE_TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_TOKEN]})
+    config = AnchorFormerConfig(
+        vision_config=vision_config, text_config=text_config, selector=dict(selector), connector=dict(connector),
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), image_mean=mean, image_std=std,
+    )  # fmt: skip
+    selector_config, connector_config = parts_of(config)
+
+    log.info("vision tower from %s", vision)
+    tower = VisionTower.from_pretrained(vision, vision_config, selector_config.needs)
+    num_anchors = selector_config.count(tower.num_tokens, tower.num_heads, tower.has_cls)
+    num_image_tokens = connector_config.count(tower.num_tokens, num_anchors, tower.has_cls)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = connector_config.build(tower.width, text_config.hidden_size)
+    log.info("language model from %s", language_model)
+    llm = AutoModelForCausalLM.from_pretrained(language_model, dtype="auto")
+    if len(tokenizer) > llm.get_input_embeddings().num_embeddings:
+        llm.resize_token_embeddings(len(tokenizer))
+    config.text_config = llm.config
+
+    partial = out.with_name(f".tmp-{out.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    config.architectures = ["AnchorFormerForConditionalGeneration"]
+    config.save_pretrained(partial)
+    # A placeholder is something that is read, never something that is said.
+    generation = GenerationConfig.from_model_config(llm.config)
+    generation.update(suppress_tokens=[config.image_token_id], pad_token_id=_pad_token_id(tokenizer))
+    generation.save_pretrained(partial)
+    transform = ImageTransform.for_statistics(tower.image_size, mean)
+    AnchorFormerProcessor(transform, tokenizer, num_image_tokens=num_image_tokens, template=template).save_pretrained(
+        partial
+    )
+    named = torch.nn.ModuleDict({"vision_tower": tower, "connector": fresh, "language_model": llm})
+    named.all_tied_weights_keys = {f"language_model.{name}" for name in llm.all_tied_weights_keys}  # type: ignore[assignment]
+    write_parts(partial, {part: part_state(named, part) for part in named})
+    if out.exists():
+        shutil.rmtree(out)
+    partial.rename(out)
+    log.info("model folder %s: %d embeddings per image", out, num_image_tokens)
+    return out
+
+
+def _load_config(name: str, role: str) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the {role} cannot be found", found=f"{name}: {str(error).splitlines()[0]}",
+            expected="a hub id that can be reached, or a folder with a config.json",
+            remedy="check the name, or download it first and give the folder",
+        ) from None  # fmt: skip
+
+
+def _vision_config(name: str) -> PreTrainedConfig:
+    config = _load_config(name, "vision tower")
+    return getattr(config, "vision_config", config)
+
+
+def _image_statistics(vision: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    try:
+        values, _ = ImageProcessingMixin.get_image_processor_dict(vision)
+        return tuple(values["image_mean"]), tuple(values["image_std"])
+    except (OSError, KeyError) as error:
+        raise UserError(
+            f"no image statistics beside the vision tower {vision}", found=str(error).splitlines()[0],
+            expected="preprocessor_config.json with image_mean and image_std",
+            remedy="copy the file from the published model into the folder",
+        ) from None  # fmt: skip
+
+
+def _pad_token_id(tokenizer: Any) -> int | None:
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m anchorformer.assemble", description=__doc__)
+    parser.add_argument("model", type=Path, help="YAML with vision, language_model, selector, connector")
+    parser.add_argument("out", type=Path, help="folder to be written")
+    parser.add_argument("--template", default="v1", help="conversation template of the processor (default: v1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the fresh connector (default: 0)")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    assemble(**yaml.safe_load(options.model.read_text()), out=options.out, template=options.template, seed=options.seed)
+
+
+if __name__ == "__main__":
+    run_guarded(main)

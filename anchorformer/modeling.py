@@ -1,0 +1,204 @@
+"""The model: vision tower -> selector -> connector -> fusion -> language model, as a Hugging Face model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from anchorformer import connectors, selectors
+from anchorformer.configuration import AnchorFormerConfig
+from anchorformer.connectors.base import ConnectorConfig
+from anchorformer.errors import UserError
+from anchorformer.fusion import fuse
+from anchorformer.kernels.attention import TEXT_ATTENTION
+from anchorformer.schema import parse_plugin
+from anchorformer.selectors.base import SelectorConfig
+from anchorformer.vision import VisionTower
+
+
+class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """Answers in text about images, seen through a fixed number of visual anchors.
+
+    `forward` takes one of two forms, never both:
+
+    * flat, for training: all samples in one row (1, S) with `cu_seqlens`, no 2-D mask, no cache;
+    * padded, for generation: (B, L) with a 2-D `attention_mask`, and a cache if wanted.
+
+    In training mode vision tower and connector run exactly once per forward, on a zero image where the batch has none,
+    so that ranks with and without images stay in step under ZeRO.
+    """
+
+    config_class = AnchorFormerConfig
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_attention_backend = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    config: AnchorFormerConfig
+
+    def __init__(self, config: AnchorFormerConfig) -> None:
+        super().__init__(config)
+        selector, connector = parts_of(config)
+        self.vision_tower = VisionTower.from_config(config.vision_config, selector.needs)
+        tower = self.vision_tower
+        self.selector = selector.build(tower.num_tokens, tower.num_heads, tower.has_cls)
+        self.connector = connector.build(tower.width, config.text_config.hidden_size)
+        self.language_model = AutoModelForCausalLM.from_config(
+            config.text_config, attn_implementation=TEXT_ATTENTION, dtype=self.dtype_of(config)
+        )
+        num_anchors = selector.count(tower.num_tokens, tower.num_heads, tower.has_cls)
+        self.num_image_tokens = connector.count(tower.num_tokens, num_anchors, tower.has_cls)
+        """Embeddings, and so placeholders, per image."""
+        self.post_init()
+
+    @staticmethod
+    def dtype_of(config: AnchorFormerConfig) -> torch.dtype:
+        return config.dtype or torch.get_default_dtype()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """
+        Args:
+            input_ids: (1, S) flat or (B, L) padded; an image stands as `num_image_tokens` placeholders.
+            attention_mask: padded form only, (B, L), 1 at real positions.
+            position_ids: like `input_ids`; restarting with each sample in the flat form.
+            pixel_values: (images, 3, H, W) in order of their placeholders; uint8 is normalised here, floats are taken
+                as normalised.
+            cu_seqlens: flat form only, int32 (samples + 1,), borders of the samples.
+            max_seqlen: flat form only, the longest sample.
+            labels: padded form only, (B, L) with -100 where not supervised; adds the mean next-token loss.
+            logits_to_keep: positions whose logits are wanted: an index tensor (Q,), the last n, or 0 for all.
+
+        Returns:
+            logits (B, L or Q, vocabulary), `past_key_values` in the padded form, `loss` if labels were given.
+
+        Raises:
+            UserError: both forms at once, or placeholders and images that do not match.
+        """
+        is_flat = cu_seqlens is not None
+        if is_flat:
+            _check_flat(input_ids, attention_mask, position_ids, max_seqlen, past_key_values, use_cache, labels)
+            kwargs |= {
+                "cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens,
+                "max_length_q": max_seqlen, "max_length_k": max_seqlen,
+            }  # fmt: skip
+            use_cache = False
+        is_continued = past_key_values is not None and past_key_values.get_seq_length() > 0
+        embeds_BSD = self.get_input_embeddings()(input_ids)
+        if not is_continued:
+            embeds_BSD = self._see(embeds_BSD, input_ids, pixel_values)
+        out: CausalLMOutputWithPast = self.language_model(
+            inputs_embeds=embeds_BSD,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+        if labels is not None:
+            out.loss = self.loss_function(out.logits, labels, vocab_size=out.logits.shape[-1])
+        return out
+
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """Visual embeddings of images (B, 3, H, W): (B, num_image_tokens, D), D the language model's width."""
+        features = self.vision_tower(self._normalise(pixel_values))
+        return self.connector(self.selector(features), features)
+
+    def _see(self, embeds_BSD: Tensor, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
+        has_images = pixel_values is not None and pixel_values.shape[0] > 0
+        if has_images or not self.training:
+            visual_XTD = (
+                self.encode_images(pixel_values) if has_images else embeds_BSD.new_zeros(0, 1, embeds_BSD.shape[-1])
+            )
+            return fuse(embeds_BSD, input_ids, visual_XTD, self.config.image_token_id)
+        # A rank whose micro-batch is text only must still run the connector, or ZeRO's collectives go out of step.
+        side = self.vision_tower.image_size
+        blank = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=embeds_BSD.device)
+        embeds_BSD = embeds_BSD + 0.0 * self.encode_images(blank).sum().to(embeds_BSD.dtype)
+        return fuse(embeds_BSD, input_ids, embeds_BSD.new_zeros(0, 1, embeds_BSD.shape[-1]), self.config.image_token_id)
+
+    def _normalise(self, pixels_B3HW: Tensor) -> Tensor:
+        dtype = self.vision_tower.dtype
+        if pixels_B3HW.dtype != torch.uint8:
+            return pixels_B3HW.to(dtype)
+        # Channel by channel with Python scalars: no constant tensor to move to the device in every step.
+        scaled = pixels_B3HW.float() * (1.0 / 255.0)
+        channels = zip(scaled.unbind(1), self.config.image_mean, self.config.image_std, strict=True)
+        return torch.stack([(channel - mean) / std for channel, mean, std in channels], 1).to(dtype)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """Adds the images to the first step only: later steps find them in the cache."""
+        pixel_values = kwargs.pop("pixel_values", None)
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        if kwargs.get("is_first_iteration", False) or not kwargs.get("use_cache", True):
+            inputs["pixel_values"] = pixel_values
+        return inputs
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # The backbones initialise themselves; a fresh connector is initialised as published, that is as PyTorch does.
+        reset = getattr(module, "reset_parameters", None)
+        if reset is not None:
+            reset()
+
+
+def parts_of(config: AnchorFormerConfig) -> tuple[SelectorConfig, ConnectorConfig]:
+    """The typed selector and connector of a model configuration.
+
+    Raises:
+        UserError: unknown plug-in, unknown key or wrong type.
+    """
+    return (
+        parse_plugin(SelectorConfig, config.selector, selectors.__name__, "selector"),
+        parse_plugin(ConnectorConfig, config.connector, connectors.__name__, "connector"),
+    )
+
+
+def _check_flat(
+    input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, max_seqlen: int | None,
+    past_key_values: Any, use_cache: bool | None, labels: Tensor | None,
+) -> None:  # fmt: skip
+    forbidden = {
+        "attention_mask": attention_mask is not None, "past_key_values": past_key_values is not None,
+        "use_cache": bool(use_cache), "labels": labels is not None,
+    }  # fmt: skip
+    wrong = [name for name, is_given in forbidden.items() if is_given]
+    missing = [name for name, value in (("position_ids", position_ids), ("max_seqlen", max_seqlen)) if value is None]
+    if wrong or missing or input_ids.shape[0] != 1:
+        raise UserError(
+            "forward was called in neither its flat nor its padded form",
+            found=f"cu_seqlens with input_ids {tuple(input_ids.shape)}; too much: {wrong}; missing: {missing}",
+            expected="flat: input_ids (1, S), position_ids, cu_seqlens, max_seqlen, no mask, no cache, no labels; "
+            "padded: input_ids (B, L) and attention_mask, no cu_seqlens",
+            remedy="pass one form only; a 2-D mask or a cache beside cu_seqlens would let samples see each other",
+        )
+
+
+AutoModelForImageTextToText.register(AnchorFormerConfig, AnchorFormerForConditionalGeneration)

@@ -1,0 +1,244 @@
+"""Model folders on disk: one shard or more per part, checked by name, shape and hash before any weight is loaded.
+
+A model folder is an ordinary Hugging Face folder whose shards never mix parts: `connector.safetensors`,
+`vision_tower-00001.safetensors`, `language_model-00001.safetensors`, ..., an index, and MANIFEST.json with the size and
+sha256 of every file. That makes the hand-over between stages cheap: a new folder links the shards it did not change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from anchorformer.configuration import AnchorFormerConfig
+from anchorformer.errors import UserError
+from anchorformer.modeling import AnchorFormerForConditionalGeneration
+
+INDEX = "model.safetensors.index.json"
+MANIFEST = "MANIFEST.json"
+PARTS = ("vision_tower", "connector", "language_model")
+SHARD_BYTES = 4 * 2**30
+"""Largest shard: a part is split where one more tensor would exceed it."""
+
+
+def write_parts(folder: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Writes the shards of all parts, their index and the manifest into a folder that holds the other files already.
+
+    Args:
+        parts: part -> tensors under their full names in the model's state dict; no two may share memory.
+    """
+    weight_map: dict[str, str] = {}
+    for part, tensors in parts.items():
+        weight_map |= _write_shards(folder, part, tensors)
+    _write_index(folder, weight_map)
+    write_manifest(folder)
+
+
+def derive_folder(base: Path, replaced: Mapping[str, Mapping[str, Tensor]], out: Path) -> Path:
+    """A new model folder like `base` with the tensors of some parts replaced; unchanged files are linked, not copied.
+
+    The folder appears under its name only when it is complete.
+
+    Args:
+        replaced: part -> every tensor of that part, under its full name.
+
+    Raises:
+        UserError: the names or shapes of a replaced part differ from the base's.
+    """
+    base_map = read_index(base)
+    for part, tensors in replaced.items():
+        _compare(f"{part} to be written to {out}", {k: tuple(v.shape) for k, v in tensors.items()},
+                 {k: v for k, v in read_shapes(base).items() if k.startswith(part + ".")})  # fmt: skip
+    stale = {name for key, name in base_map.items() if key.split(".", 1)[0] in replaced}
+    known = read_manifest(base)["files"]
+    partial = out.with_name(f".tmp-{out.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name in known:
+        if name not in stale and name != INDEX:
+            _link(base / name, partial / name)
+    weight_map = {key: name for key, name in base_map.items() if name not in stale}
+    for part, tensors in replaced.items():
+        weight_map |= _write_shards(partial, part, tensors)
+    _write_index(partial, weight_map)
+    write_manifest(partial, known={name: entry for name, entry in known.items() if name not in stale | {INDEX}})
+    if out.exists():
+        shutil.rmtree(out)
+    partial.rename(out)
+    return out
+
+
+def check_folder(
+    folder: Path, selector: Mapping[str, Any] | None = None, connector: Mapping[str, Any] | None = None
+) -> AnchorFormerConfig:
+    """Everything that can be wrong with a model folder, found from headers and hashes before a weight is loaded.
+
+    Compares file sizes with the manifest, the sha256 of the connector's shards, the selector and connector with those
+    the run asks for, and the names and shapes of all tensors with the model that the configuration describes.
+
+    Raises:
+        UserError: naming the file, key or tensor that differs.
+    """
+    manifest = read_manifest(folder)["files"]
+    for name, entry in manifest.items():
+        path = folder / name
+        found = path.stat().st_size if path.is_file() else "no file"
+        if found != entry["bytes"]:
+            raise UserError(
+                f"model folder {folder} is damaged at {name}", found=f"{found} bytes",
+                expected=f"{entry['bytes']} bytes", remedy="restore the file or write the folder again",
+            )  # fmt: skip
+        if name.startswith("connector") and sha256(path) != entry["sha256"]:
+            raise UserError(
+                f"model folder {folder} is damaged at {name}", found="another sha256 than the manifest's",
+                expected=entry["sha256"], remedy="restore the file or write the folder again",
+            )  # fmt: skip
+    config = AnchorFormerConfig.from_pretrained(folder)
+    for kind, wanted, has in (("selector", selector, config.selector), ("connector", connector, config.connector)):
+        if wanted is not None and dict(wanted) != has:
+            differing = sorted(k for k in {*wanted, *has} if wanted.get(k) != has.get(k))
+            raise UserError(
+                f"{kind} of {folder} is not the one this run asks for",
+                found=", ".join(f"{k}={has.get(k)}" for k in differing),
+                expected=", ".join(f"{k}={wanted.get(k)}" for k in differing),
+                remedy=f"give the run the {kind} that the folder was trained with, or start from another folder",
+            )
+    with torch.device("meta"):
+        model = AnchorFormerForConditionalGeneration(config)
+    tied = set(model.all_tied_weights_keys)
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
+    _compare(f"model folder {folder}", read_shapes(folder), expected)
+    return config
+
+
+def load_model(folder: Path, dtype: torch.dtype) -> AnchorFormerForConditionalGeneration:
+    """The model of a folder, every tensor from the files; call `check_folder` first for errors in plain words.
+
+    Raises:
+        UserError: a tensor missing, left over or of another shape.
+    """
+    model, info = AnchorFormerForConditionalGeneration.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, output_loading_info=True
+    )
+    wrong = {key: sorted(map(str, value)) for key, value in info.items() if key.endswith("_keys") and value}
+    if wrong:
+        raise UserError(
+            f"weights of {folder} do not fit its configuration", found=wrong, expected="every tensor exactly once",
+            remedy="start from a folder written by this version",
+        )  # fmt: skip
+    return model
+
+
+def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor, read from the shards' headers alone."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in sorted(set(read_index(folder).values())):
+        with safe_open(folder / name, framework="pt") as shard:
+            shapes |= {key: tuple(shard.get_slice(key).get_shape()) for key in shard.keys()}  # noqa: SIM118
+    return shapes
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """Tensor name -> shard file name."""
+    return dict(_read_json(folder / INDEX)["weight_map"])
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest: `files` maps each file name to its `bytes` and `sha256`."""
+    return dict(_read_json(folder / MANIFEST))
+
+
+def write_manifest(folder: Path, known: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    """Writes MANIFEST.json over all files of the folder; entries in `known` are not hashed again."""
+    files = {}
+    for path in sorted(folder.iterdir()):
+        if path.name != MANIFEST:
+            entry = (known or {}).get(path.name)
+            files[path.name] = dict(entry or {"bytes": path.stat().st_size, "sha256": sha256(path)})
+    (folder / MANIFEST).write_text(json.dumps({"format": 1, "files": files}, indent=2) + "\n")
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def part_state(model: torch.nn.Module, part: str) -> dict[str, Tensor]:
+    """Tensors of one part of a whole (not sharded) model under their full names, aliases of tied weights left out."""
+    tied = set(getattr(model, "all_tied_weights_keys", ()))
+    return {k: v for k, v in model.state_dict().items() if k.startswith(part + ".") and k not in tied}
+
+
+def _write_shards(folder: Path, part: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name in sorted(tensors):
+        if not name.startswith(part + "."):
+            raise ValueError(f"tensor {name} does not belong to part {part}")
+        bytes_ = tensors[name].numel() * tensors[name].element_size()
+        if shards[-1] and size + bytes_ > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensors[name].detach().cpu().contiguous()
+        size += bytes_
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"{part}.safetensors" if len(shards) == 1 else f"{part}-{number:05d}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    return weight_map
+
+
+def _write_index(folder: Path, weight_map: Mapping[str, str]) -> None:
+    total = sum((folder / name).stat().st_size for name in set(weight_map.values()))
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)
+
+
+def _compare(what: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    other = sorted(name for name in expected.keys() & found.keys() if found[name] != expected[name])
+    if missing or extra or other:
+        raise UserError(
+            f"tensors of {what} do not fit the model",
+            found="; ".join(
+                [f"missing {name}" for name in missing[:3]]
+                + [f"unknown {name}" for name in extra[:3]]
+                + [f"{name} of shape {found[name]}" for name in other[:3]]
+            ) + f" ({len(missing)} missing, {len(extra)} unknown, {len(other)} of another shape)",
+            expected="; ".join(f"{name} {expected[name]}" for name in (missing + other)[:3]) or "no unknown tensors",
+            remedy="start from a folder that was written for this selector and connector",
+        )  # fmt: skip
+
+
+def _read_json(path: Path) -> Any:
+    if not path.is_file():
+        raise UserError(
+            f"{path.parent} is not a model folder", found=f"no {path.name}",
+            expected="a folder written by anchorformer.assemble or by a finished run",
+            remedy="pass a run (checkpoints/<run>) that is done, or assemble the model first",
+        )  # fmt: skip
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path} cannot be read", found=str(error), expected="JSON", remedy="restore the file"
+        ) from None
