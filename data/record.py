@@ -23,10 +23,17 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
-    """An image that has not been opened: a file, or encoded bytes from a parquet column."""
+    """An image that has not been opened: a file, or encoded bytes from a parquet column.
+
+    Attributes:
+        path: the file, as the annotations name it under its image root.
+        data: the encoded bytes, where there is no file.
+        roots: the folders that the file, symbolic links followed, has to lie in; `data.images.locate` checks it.
+    """
 
     path: Path | None = None
     data: bytes | None = None
+    roots: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 from anchorformer.errors import UserError
 from anchorformer.schema import Schema, to_plain
+from data.config import DataConfig
 
 
 class StageName(str, Enum):
@@ -45,17 +46,6 @@ class Device(str, Enum):
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
-
-
-class Overlength(str, Enum):
-    error = "error"
-    drop = "drop"
-    truncate_answer = "truncate_answer"
-
-
-class OnBadImage(str, Enum):
-    error = "error"
-    skip = "skip"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,28 +94,6 @@ class ModelConfig(Schema):
     """Plug-in of `anchorformer.selectors`."""
     connector: dict[str, Any]
     """Plug-in of `anchorformer.connectors`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig(Schema):
-    """Where samples come from and what happens to the awkward ones."""
-
-    root: str
-    """Folder that relative paths of the sources start from."""
-    sources: dict[str, dict[str, Any]]
-    """Name -> plug-in of `data.sources`, each with a `weight` (passes over it per epoch)."""
-    max_length: int = 2048
-    """Positions per sample, anchors counted."""
-    overlength: Overlength = Overlength.error
-    on_bad_image: OnBadImage = OnBadImage.error
-    max_dropped_share: float = 0.02
-    """Share of dropped or skipped samples above which the run stops."""
-    token_budget: int | None = None
-    """Most positions in one micro-batch; null leaves `hardware.micro_batch` alone to decide."""
-    num_workers: int = 0
-    """Loader processes per rank."""
-    cache_dir: str = ".cache/data"
-    """Where Arrow copies of the annotations and token counts are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)

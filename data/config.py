@@ -1,0 +1,44 @@
+"""Which data a run reads and how it treats the awkward samples; imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from anchorformer.schema import Schema
+
+
+class Overlength(str, Enum):
+    error = "error"
+    drop = "drop"
+    truncate_answer = "truncate_answer"
+
+
+class OnBadImage(str, Enum):
+    error = "error"
+    skip = "skip"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Schema):
+    """Where samples come from and what happens to the awkward ones."""
+
+    root: str
+    """Folder that relative paths of the sources start from."""
+    sources: dict[str, dict[str, Any]]
+    """Name -> plug-in of `data.sources`, each with a `weight` (passes over it per epoch)."""
+    max_length: int = 2048
+    """Positions per sample, anchors counted."""
+    overlength: Overlength = Overlength.error
+    """A longer sample is an error, is left out and counted, or loses the end of its answer (never an anchor)."""
+    on_bad_image: OnBadImage = OnBadImage.error
+    """A missing or unreadable image is an error, or its sample is left out of its step and counted."""
+    max_dropped_share: float = 0.02
+    """Share of dropped or skipped samples above which the run stops."""
+    token_budget: int | None = None
+    """Most positions in one micro-batch; null leaves `hardware.micro_batch` alone to decide."""
+    num_workers: int = 0
+    """Loader processes per rank."""
+    cache_dir: str = ".cache/data"
+    """Where Arrow copies of the annotations and token counts are kept."""
