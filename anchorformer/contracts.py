@@ -122,8 +122,6 @@ class Batch:
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory; torch's DataLoader calls it by this name."""
         pinned = {
-            name: getattr(self, name).pin_memory()
-            for name in self.__slots__
-            if isinstance(getattr(self, name), Tensor)
+            name: getattr(self, name).pin_memory() for name in self.__slots__ if isinstance(getattr(self, name), Tensor)
         }
         return replace(self, **pinned)

@@ -72,12 +72,16 @@ def parse_plugin(base: type[T], spec: Mapping[str, Any], package: str, where: st
         cls = getattr(importlib.import_module(module_name), class_name)
     except (ModuleNotFoundError, AttributeError) as error:
         raise UserError(
-            f"{where}: {TARGET} cannot be found", found=f"{target} ({error})", expected=f"a class in {package}",
+            f"{where}: {TARGET} cannot be found",
+            found=f"{target} ({error})",
+            expected=f"a class in {package}",
             remedy="check the spelling of the file and the class",
         ) from None
     if not (isinstance(cls, type) and issubclass(cls, base)):
         raise UserError(
-            f"{where}: {TARGET} is of the wrong kind", found=target, expected=f"a subclass of {base.__name__}",
+            f"{where}: {TARGET} is of the wrong kind",
+            found=target,
+            expected=f"a subclass of {base.__name__}",
             remedy="choose a YAML of the right config group",
         )
     return parse(cls, {key: value for key, value in spec.items() if key != TARGET}, where)

@@ -189,12 +189,15 @@ def check(config: RunConfig) -> None:
         )
     if (stage.epochs is None) == (stage.max_steps is None):
         raise UserError(
-            "the stage's length is not clear", found=f"epochs={stage.epochs}, max_steps={stage.max_steps}",
-            expected="exactly one of them set", remedy="set stage.epochs=null with stage.max_steps, or drop max_steps",
+            "the stage's length is not clear",
+            found=f"epochs={stage.epochs}, max_steps={stage.max_steps}",
+            expected="exactly one of them set",
+            remedy="set stage.epochs=null with stage.max_steps, or drop max_steps",
         )
     if stage.name is StageName.finetune and not config.init_from:
         raise UserError(
-            "stage=finetune has nothing to start from", found="init_from=null",
+            "stage=finetune has nothing to start from",
+            found="init_from=null",
             expected="the align run whose connector is to be finetuned, or a model folder",
             remedy="add init_from=checkpoints/<align run>",
         )

@@ -1,0 +1,77 @@
+# All commands of the project; `make help` lists them. Everything runs from .venv, which `make install` builds once.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+TORCH := 2.13.0
+COMPAT := 5.17.0
+WORLD := .cache/miniworld
+# ninja and torchrun live beside python; deepspeed looks for them on PATH.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PYTHONPATH := $(CURDIR)
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help install train train-full test test-slow test-gpu test-compat lint format clean
+
+help: ## list all targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-14s %s\n", $$1, $$2}'
+
+install: $(STAMP) ## build .venv with the pinned versions
+
+# Each candidate is executed, not only looked up: version managers leave shims that exist and fail.
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@start=$$SECONDS; python=""; \
+	for candidate in python3.11 python3.12 python3.13 python3; do \
+	  if $$candidate -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then \
+	    python=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then echo "found: no Python 3.11, 3.12 or 3.13 on PATH; install one and run make again" >&2; exit 2; fi; \
+	echo "installing into $(VENV) with $$($$python --version) (some minutes)"; \
+	[ -x $(PY) ] || $$python -m venv $(VENV); \
+	if nvidia-smi -L >/dev/null 2>&1; then \
+	  $(PY) -m pip install -qq "torch==$(TORCH)"; \
+	elif [ -n "$${TORCH_INDEX:-}" ]; then \
+	  $(PY) -m pip install -qq "torch==$(TORCH)" --index-url "$$TORCH_INDEX"; \
+	elif ! $(PY) -m pip install -qq "torch==$(TORCH)+cpu" 2>/dev/null; then \
+	  echo "no CPU build of torch in reach: taking the standard one (several GB; set TORCH_INDEX to choose an index)"; \
+	  $(PY) -m pip install -qq "torch==$(TORCH)"; \
+	fi; \
+	$(PY) -m pip install -qq -c constraints.txt -e '.[train,dev]'; \
+	echo "{\"seconds\": $$((SECONDS - start))}" > $(STAMP)
+
+train: install ## mini world, backbones, align, finetune, evaluation, report (at most 15 minutes on 2 cores)
+	@launch/miniworld.sh train
+
+train-full: install ## the same with the longer recipe
+	@launch/miniworld.sh full
+
+test: install ## the CPU suite (at most 10 minutes)
+	@$(PY) -m pytest
+
+test-slow: install ## the complete products and everything longer (at most 25 minutes)
+	@$(PY) -m pytest -m "slow and not gpu"
+
+test-gpu: install ## what needs a CUDA device
+	@$(PY) -m pytest -m gpu
+
+test-compat: install ## the CPU suite under the oldest supported transformers
+	@$(PY) -m pip install -qq --no-deps --upgrade --target .cache/transformers-$(COMPAT) "transformers==$(COMPAT)"
+	@PYTHONPATH=$(CURDIR)/.cache/transformers-$(COMPAT):$(CURDIR) $(PY) -m pytest
+
+lint: install ## ruff, mypy, import contracts, shell syntax
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+	@$(VENV)/bin/lint-imports --no-cache >.cache/lint-imports.log || { cat .cache/lint-imports.log; exit 1; }
+	@for script in launch/*.sh launch/*.sbatch .ci/run; do bash -n $$script; done
+	@echo "lint: ok"
+
+format: install ## let ruff rewrite the layout
+	@$(PY) -m ruff format .
+	@$(PY) -m ruff check --fix .
+
+clean: ## remove caches (not .venv, not checkpoints)
+	@rm -rf .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
