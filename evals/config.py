@@ -1,0 +1,82 @@
+"""The configuration of one evaluation as frozen dataclasses; imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from anchorformer.errors import UserError
+from anchorformer.schema import Schema
+
+
+class Condition(str, Enum):
+    """What the model sees beside the question; the last two are the baselines that an accuracy is read against."""
+
+    right = "right"
+    shuffled = "shuffled"
+    """Each question with another image of the same task."""
+    none = "none"
+    """The question without an image."""
+
+
+class Device(str, Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Precision(str, Enum):
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalDataConfig(Schema):
+    """Where the records lie."""
+
+    root: str
+    """Folder that relative paths of the tasks start from."""
+    cache_dir: str = ".cache/data"
+    """Where Arrow copies of the annotations are kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(Schema):
+    """Everything that decides an evaluation."""
+
+    model: str
+    """Run folder (its `model/` is taken) or model folder."""
+    tasks: dict[str, dict[str, Any]]
+    """Name -> plug-in of `evals.tasks`."""
+    data: EvalDataConfig
+    conditions: tuple[Condition, ...] = (Condition.right,)
+    """Every task is run once per condition."""
+    batch_size: int = 32
+    """Questions answered together; scores do not depend on it."""
+    limit: int | None = None
+    """Only the first so many questions of each task."""
+    seed: int = 0
+    """Decides which other image a question gets under `shuffled`."""
+    device: Device = Device.auto
+    precision: Precision = Precision.auto
+    """`auto` is bf16 on CUDA and fp32 on CPU, where scores are then equal for every batch size."""
+    out: str | None = None
+    """Folder of the results; null is `evals` in the folder named by `model`."""
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise UserError(
+                "no task was named", found="tasks={}", expected="at least one name of conf/eval",
+                remedy="add task=docvqa_val, or several as task=[docvqa_val,chartqa_test]",
+            )
+        for name in ("batch_size", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is too small", found=value, expected="1 or more", remedy=f"set {name}=32")
+        if not self.conditions or len(set(self.conditions)) < len(self.conditions):
+            raise UserError(
+                "conditions must name each once", found=[condition.value for condition in self.conditions],
+                expected="some of right, shuffled, none", remedy="e.g. conditions=[right,shuffled]",
+            )

@@ -1,0 +1,96 @@
+"""What every task is: a config that says what is asked, and how the answers become a score."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from anchorformer.schema import Schema, parse_plugin
+from data.sources.base import PACKAGE as SOURCES
+from data.sources.base import SourceConfig
+from evals.metrics import METRICS, MetricName
+from evals.questions import Question, question
+
+PACKAGE = "evals.tasks"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of one question.
+
+    Attributes:
+        prediction: the generated answer, stripped; None where nothing is generated.
+        score: None where the split has no published answers.
+        weight: what the score counts in the mean.
+    """
+
+    prediction: str | None
+    score: float | None
+    weight: float = 1.0
+
+
+class Respondent(Protocol):
+    """The model as a task sees it."""
+
+    def answers(self, questions: Sequence[Question], max_new_tokens: int) -> list[str]:
+        """Greedy answers, in the order of the questions."""
+        ...
+
+    def answer_losses(self, questions: Sequence[Question]) -> list[tuple[float, int]]:
+        """Summed negative log likelihood (nats) and number of supervised tokens of each first reference."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig(Schema):
+    """Base of all task configs; a new task subclasses it in its own file and adds one YAML to conf/eval."""
+
+    source: dict[str, Any]
+    """Plug-in of `data.sources`: the records, with the prompt's suffix."""
+
+    def questions(self, name: str, root: Path, cache_dir: Path, limit: int | None) -> list[Question]:
+        """The records as questions.
+
+        Raises:
+            UserError: what opening the source raises, and a record that asks nothing.
+        """
+        config = parse_plugin(SourceConfig, self.source, SOURCES, f"tasks.{name}.source")
+        source = config.open(name, root, cache_dir)
+        return [question(source[index]) for index in range(len(source) if limit is None else min(limit, len(source)))]
+
+    def answer(self, questions: Sequence[Question], respondent: Respondent) -> list[Outcome]:
+        """One outcome per question."""
+        raise NotImplementedError
+
+    def group(self, item: Question) -> str | None:
+        """Name of the part of the task that this question is also reported under."""
+        return None
+
+    def describe(self) -> dict[str, Any]:
+        """Metric variant and decoding, for the result file."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerTask(TaskConfig):
+    """Base of the tasks that let the model answer and score the text."""
+
+    metric: MetricName
+    max_new_tokens: int
+
+    def answer(self, questions: Sequence[Question], respondent: Respondent) -> list[Outcome]:
+        score = METRICS[self.metric].score
+        texts = respondent.answers(questions, self.max_new_tokens)
+        return [
+            Outcome(text, score(text, item.references) if item.references else None)
+            for text, item in zip(texts, questions, strict=True)
+        ]
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "metric": self.metric.value,
+            "metric_variant": METRICS[self.metric].variant,
+            "decoding": {"method": "greedy", "max_new_tokens": self.max_new_tokens},
+        }
