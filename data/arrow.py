@@ -1,0 +1,302 @@
+"""Annotation JSON to memory-mapped Arrow: parsed once, then shared by all processes without a Python list of records.
+
+One row per record, columns id, images (paths under the image root), turns, references and meta; a file is named by
+the hash of what it was made from, so it never has to be thrown away by hand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+from tqdm import tqdm
+
+from anchorformer.errors import UserError
+from data.record import ImageRef, Record, Role, Turn
+
+FORMAT = 1
+"""Raised whenever the same JSON would give other rows; part of every cache key."""
+
+ROWS_PER_BATCH = 1024
+"""Rows per Arrow record batch: row i lies in batch i // ROWS_PER_BATCH, so that no offset table is needed."""
+
+SCHEMA = pa.schema([
+    ("id", pa.string()),
+    ("images", pa.list_(pa.string())),
+    ("turns", pa.list_(pa.struct([("role", pa.string()), ("text", pa.string())]))),
+    ("references", pa.list_(pa.string())),
+    ("meta", pa.list_(pa.struct([("key", pa.string()), ("value", pa.string())]))),
+])
+
+Parser = Callable[[dict[str, Any], int], Record]
+
+
+class RecordError(ValueError):
+    """What is wrong with one record, from its parser; file and position are added by the reader."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnnotationFile:
+    """A published JSON file, and how one entry of it (with its position) becomes a record."""
+
+    path: Path
+    parse: Parser
+
+
+def open_source(
+    name: str, files: Sequence[AnnotationFile], image_root: Path, options: Mapping[str, Any], cache_dir: Path,
+    linked_roots: Sequence[Path] = (),
+) -> ArrowSource:
+    """Converts the files unless that has been done before, and opens the result.
+
+    Args:
+        image_root: folder that the paths in the files start from.
+        options: everything besides the files' content that decides which records there are.
+        linked_roots: further folders that symbolic links inside `image_root` may lead to.
+
+    Raises:
+        UserError: a file or folder is missing, is not the expected JSON, holds no record, or a record cannot be read.
+    """
+    for file in files:
+        if not file.path.is_file():
+            raise UserError(
+                f"data.sources.{name}: annotation file is missing", found=_nearest(file.path), expected=file.path,
+                remedy="check data.root and the source's paths, or fetch the file",
+            )
+    if not image_root.is_dir():
+        raise UserError(
+            f"data.sources.{name}: image folder is missing", found=_nearest(image_root), expected=image_root,
+            remedy="check data.root and the source's paths, or fetch the images",
+        )
+    key = hashlib.sha256(json.dumps([FORMAT, sorted(options.items())], sort_keys=True).encode())
+    for file in files:
+        with file.path.open("rb") as stream:
+            key.update(hashlib.file_digest(stream, "sha256").digest())
+    fingerprint = key.hexdigest()[:32]
+    arrow = cache_dir / f"{name}-{fingerprint}.arrow"
+    with locked(arrow):
+        if not arrow.exists():
+            _convert(name, files, arrow)
+    roots = tuple(root.resolve() for root in (image_root, *linked_roots))
+    return ArrowSource(name, fingerprint, arrow, image_root, roots)
+
+
+class ArrowSource:
+    """A `Source` over one Arrow file; reading a record touches that record's rows only.
+
+    The file is mapped lazily, so that a copy sent to another process maps it there.
+    """
+
+    def __init__(self, name: str, fingerprint: str, path: Path, image_root: Path, roots: tuple[Path, ...]) -> None:
+        self.name, self.fingerprint = name, fingerprint
+        self._path, self._image_root, self._roots = path, image_root, roots
+        self._reader: pa.RecordBatchFileReader | None = None
+        batches = self._open().num_record_batches
+        last = self._open().get_batch(batches - 1).num_rows
+        self._length = (batches - 1) * ROWS_PER_BATCH + last
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Record:
+        if not 0 <= index < self._length:
+            raise IndexError(index)
+        row = self._open().get_batch(index // ROWS_PER_BATCH).slice(index % ROWS_PER_BATCH, 1).to_pylist()[0]
+        return Record(
+            id=row["id"],
+            images=tuple(ImageRef(path=self._image_root / image, roots=self._roots) for image in row["images"]),
+            turns=tuple(Turn(Role(turn["role"]), turn["text"]) for turn in row["turns"]),
+            references=tuple(row["references"]),
+            meta=tuple((item["key"], item["value"]) for item in row["meta"]),
+        )
+
+    def record_id(self, index: int) -> str:
+        """The id alone, without reading the rest of the record."""
+        return str(self._open().get_batch(index // ROWS_PER_BATCH).column("id")[index % ROWS_PER_BATCH].as_py())
+
+    def _open(self) -> pa.RecordBatchFileReader:
+        if self._reader is None:
+            self._reader = pa.ipc.open_file(pa.memory_map(str(self._path)))
+        return self._reader
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_reader": None}
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds the lock beside a cache file: of all ranks and workers one makes it, the others wait for it.
+
+    Correctness does not hang on the lock (files appear whole, by rename); it only saves doing the work twice.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(path.name + ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Gives a temporary path that becomes `path` at the end, and vanishes where writing fails."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield draft
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def image_path(value: object) -> str:
+    """An image path of an annotation, refused where it could leave its root whatever the root is.
+
+    Raises:
+        RecordError: not a string, empty, absolute, or with a `..` in it.
+    """
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        raise RecordError(f"image path is {value!r}, not a file name")
+    path = PurePosixPath(value)
+    if path.is_absolute() or ".." in path.parts:
+        raise RecordError(f"image path {value!r} leaves the image root")
+    return str(path)
+
+
+def text_of(raw: Mapping[str, Any], key: str) -> str:
+    """The string under `key`.
+
+    Raises:
+        RecordError: absent or no string.
+    """
+    value = raw.get(key)
+    if not isinstance(value, str):
+        raise RecordError(f"'{key}' is missing" if value is None else f"'{key}' is {value!r}, not a string")
+    return value
+
+
+def _convert(name: str, files: Sequence[AnnotationFile], target: Path) -> None:
+    taken: set[str] = set()
+    columns: dict[str, list[Any]] = {field: [] for field in SCHEMA.names}
+    with (
+        written_whole(target) as draft,
+        pa.OSFile(str(draft), "wb") as sink,
+        pa.ipc.new_file(sink, SCHEMA) as writer,
+        tqdm(desc=f"reading {name}", unit=" records", delay=2) as progress,
+    ):
+        for file in files:
+            for position, raw in enumerate(_entries(file.path)):
+                for field, value in _row(file, raw, position, taken).items():
+                    columns[field].append(value)
+                progress.update()
+                if len(columns["id"]) == ROWS_PER_BATCH:
+                    writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=SCHEMA))
+                    columns = {field: [] for field in SCHEMA.names}
+        if not taken:
+            raise UserError(
+                f"data.sources.{name}: there are no records", found=" and ".join(f"{file.path}: []" for file in files),
+                expected="at least one record", remedy="check which files the source names",
+            )
+        if columns["id"]:
+            writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=SCHEMA))
+
+
+def _row(file: AnnotationFile, raw: Any, position: int, taken: set[str]) -> dict[str, Any]:
+    try:
+        if not isinstance(raw, dict):
+            raise RecordError(f"is {type(raw).__name__}, not an object")
+        record = file.parse(raw, position)
+    except RecordError as error:
+        label = raw.get("id", raw.get("questionId")) if isinstance(raw, dict) else None
+        raise UserError(
+            f"{file.path}: record {position}{'' if label is None else f' (id {label})'} cannot be used",
+            found=error, expected="a record in the published format",
+            remedy="correct or remove that record; `python -m data scan` shows what the others hold",
+        ) from None
+    # Real files repeat ids. Logs and predictions must still tell the records apart.
+    unique, repeats = record.id, 1
+    while unique in taken:
+        repeats += 1
+        unique = f"{record.id}~{repeats}"
+    taken.add(unique)
+    meta = [*record.meta, *([("duplicate_of", record.id)] if repeats > 1 else [])]
+    return {
+        "id": unique,
+        "images": [str(image.path) for image in record.images],
+        "turns": [{"role": turn.role.value, "text": turn.text} for turn in record.turns],
+        "references": list(record.references),
+        "meta": [{"key": key, "value": value} for key, value in meta],
+    }
+
+
+def _entries(path: Path) -> Iterator[Any]:
+    """The entries of a JSON list, or of the list under `data`, one by one without holding them all."""
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: not UTF-8 text", found=f"byte {content[error.start]:#04x} at byte {error.start}",
+            expected="a JSON file in UTF-8", remedy="fetch the file again",
+        ) from None
+    size = len(content)
+    del content
+    decoder = json.JSONDecoder()
+
+    def failed(problem: str, position: int) -> UserError:
+        return UserError(
+            f"{path}: the JSON breaks off or is damaged",
+            found=f"{problem} at byte {len(text[:position].encode())} of {size}", expected="complete JSON",
+            remedy="fetch the file again and compare its size or checksum with the published one",
+        )
+
+    def skip(position: int) -> int:
+        while position < len(text) and text[position] in " \t\r\n":
+            position += 1
+        return position
+
+    def value(position: int) -> tuple[Any, int]:
+        try:
+            return decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            raise failed(error.msg, error.pos) from None
+
+    position = skip(0)
+    if text[position:position + 1] != "[":
+        whole, end = value(position)
+        if skip(end) != len(text):
+            raise failed("text after the end", end)
+        if not isinstance(whole, dict) or not isinstance(whole.get("data"), list):
+            raise UserError(
+                f"{path}: not a list of records",
+                found=f"keys {sorted(whole)[:8]}" if isinstance(whole, dict) else type(whole).__name__,
+                expected="a list, or an object with the list under 'data'", remedy="check which file the source names",
+            )
+        yield from whole["data"]
+        return
+    position = skip(position + 1)
+    while text[position:position + 1] != "]":
+        entry, position = value(position)
+        yield entry
+        position = skip(position)
+        if text[position:position + 1] == ",":
+            position = skip(position + 1)
+        elif text[position:position + 1] != "]":
+            raise failed("no ',' or ']' after a record", position)
+    if skip(position + 1) != len(text):
+        raise failed("text after the end", position + 1)
+
+
+def _nearest(path: Path) -> str:
+    """The part of a missing path that exists, and what lies there."""
+    parent = path.parent
+    while not parent.is_dir():
+        parent = parent.parent
+    names = sorted(entry.name for entry in parent.iterdir())
+    listing = ", ".join(names[:6]) + (f", ... ({len(names)} entries)" if len(names) > 6 else "")
+    return f"{parent} holds {listing or 'nothing'}"

@@ -1,0 +1,58 @@
+"""DocVQA as published: `{split}_v1.0.json` beside `documents/` (Mathew et al. 2021, docvqa.org)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anchorformer.errors import UserError
+from data.arrow import AnnotationFile, ArrowSource, RecordError, image_path, text_of
+from data.record import ImageRef, Record, Role, Turn
+from data.sources.local import IMAGE, LocalSourceConfig
+
+FILES = ("{split}_v1.0.json", "{split}_v1.0_withQT.json")
+"""Names under which a split was published, without and with question types."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocvqaConfig(LocalSourceConfig):
+    """One split; trained on the first answer, scored against all. A split without answers serves evaluation only."""
+
+    split: str
+    """`train`, `val` or `test`."""
+    folder: str = "docvqa"
+    """Folder with the JSON files and `documents/`."""
+    annotations: str | None = None
+    """File name where it is not one of the published ones."""
+    prompt_suffix: str = "\nAnswer the question using a single word or phrase."
+    """Put after each question; the default is what published scores were measured with (lmms-eval, LLaVA-1.5)."""
+
+    def open(self, name: str, root: Path, cache_dir: Path) -> ArrowSource:
+        folder = root / self.folder
+        names = [self.annotations] if self.annotations else [file.format(split=self.split) for file in FILES]
+        present = [folder / file for file in names if (folder / file).is_file()]
+        if len(present) > 1:
+            raise UserError(
+                f"data.sources.{name}: split '{self.split}' is there twice",
+                found=", ".join(path.name for path in present), expected="one file per split",
+                remedy=f"set data.sources.{name}.annotations to the one to read",
+            )
+        file = AnnotationFile(present[0] if present else folder / names[0], self._parse)
+        return self._open(name, [file], folder, root, cache_dir)
+
+    def _parse(self, raw: dict[str, Any], position: int) -> Record:
+        answers = raw.get("answers", [])
+        if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+            raise RecordError(f"'answers' is {answers!r}, not a list of strings")
+        turns = [Turn(Role.user, f"{IMAGE}\n{text_of(raw, 'question')}{self.prompt_suffix}")]
+        if answers:
+            turns.append(Turn(Role.assistant, answers[0]))
+        types = raw.get("question_types") or []
+        return Record(
+            id=str(raw.get("questionId", f"#{position}")),
+            images=(ImageRef(path=Path(image_path(raw.get("image")))),),
+            turns=tuple(turns),
+            references=tuple(answers),
+            meta=(("question_types", "|".join(map(str, types))),) if types else (),
+        )

@@ -1,0 +1,44 @@
+"""Short-answer questions in one JSON list of `{question_id, image, question, answer}`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.arrow import AnnotationFile, ArrowSource, RecordError, image_path, text_of
+from data.record import ImageRef, Record, Role, Turn
+from data.sources.local import IMAGE, LocalSourceConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class VqaConfig(LocalSourceConfig):
+    """`answer` may be one string or a list (the first is trained, all are accepted) and may be absent."""
+
+    annotations: str
+    """The JSON file."""
+    images: str = "."
+    """Folder that the image paths start from."""
+    prompt_suffix: str = ""
+    """Put after each question."""
+
+    def open(self, name: str, root: Path, cache_dir: Path) -> ArrowSource:
+        files = [AnnotationFile(root / self.annotations, self._parse)]
+        return self._open(name, files, root / self.images, root, cache_dir)
+
+    def _parse(self, raw: dict[str, Any], position: int) -> Record:
+        answer = raw.get("answer", [])
+        answers = answer if isinstance(answer, list) else [answer]
+        if not all(isinstance(item, str) for item in answers):
+            raise RecordError(f"'answer' is {answer!r}, not a string or a list of strings")
+        turns = [Turn(Role.user, f"{IMAGE}\n{text_of(raw, 'question')}{self.prompt_suffix}")]
+        if answers:
+            turns.append(Turn(Role.assistant, answers[0]))
+        kind = raw.get("kind")
+        return Record(
+            id=str(raw.get("question_id", f"#{position}")),
+            images=(ImageRef(path=Path(image_path(raw.get("image")))),),
+            turns=tuple(turns),
+            references=tuple(answers),
+            meta=() if kind is None else (("kind", str(kind)),),
+        )
