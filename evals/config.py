@@ -68,7 +68,9 @@ class EvalConfig(Schema):
     def __post_init__(self) -> None:
         if not self.tasks:
             raise UserError(
-                "no task was named", found="tasks={}", expected="at least one name of conf/eval",
+                "no task was named",
+                found="tasks={}",
+                expected="at least one name of conf/eval",
                 remedy="add task=docvqa_val, or several as task=[docvqa_val,chartqa_test]",
             )
         for name in ("batch_size", "limit"):
@@ -77,6 +79,8 @@ class EvalConfig(Schema):
                 raise UserError(f"{name} is too small", found=value, expected="1 or more", remedy=f"set {name}=32")
         if not self.conditions or len(set(self.conditions)) < len(self.conditions):
             raise UserError(
-                "conditions must name each once", found=[condition.value for condition in self.conditions],
-                expected="some of right, shuffled, none", remedy="e.g. conditions=[right,shuffled]",
+                "conditions must name each once",
+                found=[condition.value for condition in self.conditions],
+                expected="some of right, shuffled, none",
+                remedy="e.g. conditions=[right,shuffled]",
             )

@@ -45,8 +45,10 @@ def question(record: Record) -> Question:
     asked = turns if answer is None else turns[:-1]
     if not asked or asked[-1][0] != Role.user.value:
         raise UserError(
-            f"record {record.id} asks nothing", found=[role for role, _ in turns], expected="a turn of the user, then "
-            "at most one answer", remedy="correct the record or leave it out of the task",
+            f"record {record.id} asks nothing",
+            found=[role for role, _ in turns],
+            expected="a turn of the user, then at most one answer",
+            remedy="correct the record or leave it out of the task",
         )
     references = record.references or (() if answer is None else (answer,))
     return Question(record.id, asked, record.images, references, dict(record.meta))
@@ -69,8 +71,10 @@ def under(condition: Condition, questions: Sequence[Question], seed: int) -> lis
     distinct = {digest: ref for ref, digest in digests.items()}
     if len(distinct) < 2:
         raise UserError(
-            "there is no other image to show", found=f"{len(distinct)} distinct image(s) in the task",
-            expected="2 or more for conditions=shuffled", remedy="raise limit, or leave `shuffled` out",
+            "there is no other image to show",
+            found=f"{len(distinct)} distinct image(s) in the task",
+            expected="2 or more for conditions=shuffled",
+            remedy="raise limit, or leave `shuffled` out",
         )
     order = sorted(distinct)
     random.Random(seed).shuffle(order)

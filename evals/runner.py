@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +13,6 @@ from evals import results
 from evals.config import EvalConfig
 from evals.questions import Question, under
 from evals.tasks.base import PACKAGE, Respondent, TaskConfig
-
-log = logging.getLogger(__name__)
 
 
 def prepare(config: EvalConfig) -> dict[str, tuple[TaskConfig, list[Question]]]:
@@ -30,7 +27,9 @@ def prepare(config: EvalConfig) -> dict[str, tuple[TaskConfig, list[Question]]]:
         questions = task.questions(name, Path(config.data.root), Path(config.data.cache_dir), config.limit)
         if not questions:
             raise UserError(
-                f"task {name} has no questions", found="0 records", expected="1 or more",
+                f"task {name} has no questions",
+                found="0 records",
+                expected="1 or more",
                 remedy=f"check the files that tasks.{name}.source names under {config.data.root}",
             )
         prepared[name] = (task, questions)
@@ -70,14 +69,14 @@ def evaluate(
             }
             result = results.write(out, name, condition, asked, outcomes, settings, groups)
             written.append(result)
-            log.info("%s", line(result))
     return written
 
 
 def line(result: Mapping[str, Any]) -> str:
     """One result in one line."""
     score = "no published answers" if result["score"] is None else f"{result['score']:.4f}"
-    groups = "".join(f", {name} {part['score']:.4f}" for name, part in result.get("groups", {}).items() if part["n_scored"])
+    parts = [(name, part["score"]) for name, part in result.get("groups", {}).items() if part["n_scored"]]
+    groups = "".join(f", {name} {value:.4f}" for name, value in parts)
     return (
         f"{result['task']} ({result['condition']} image): {result['metric']} {score}{groups}, "
         f"n={result['n']}, {result['time']['seconds']:.1f} s"
