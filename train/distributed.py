@@ -1,0 +1,115 @@
+"""Ranks and what they tell each other outside of gradients: start, gather, sum, broadcast, barrier."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from anchorformer.errors import UserError
+from train.config import Device
+
+T = TypeVar("T")
+
+TIMEOUT = timedelta(minutes=30)
+"""Longest wait in a collective; loading and exporting large models on a slow disk fit in."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the ranks.
+
+    Attributes:
+        control: a gloo group for small facts on the host, so that no such message has to pass through the accelerator;
+            None for a single process without a process group, where every operation is the identity.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    control: Any = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """`value` of every rank, in rank order, on every rank."""
+        if self.control is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Element-wise sum over the ranks in fp64; the same bits on every rank."""
+        if self.control is None:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, group=self.control)
+        return [float(value) for value in total]
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value, on every rank."""
+        if self.control is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.control is not None:
+            dist.barrier(group=self.control)
+
+
+def alone(device: torch.device | None = None) -> World:
+    """A world of one process, without a process group."""
+    return World(rank=0, size=1, device=device or torch.device("cpu"))
+
+
+def start(device: Device) -> World:
+    """Joins the process group that torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*) describes.
+
+    Raises:
+        UserError: a CUDA device is asked for and this machine has too few, or torchrun did not start this process.
+    """
+    if "RANK" not in os.environ:
+        raise UserError(
+            "this process is not a rank", found="no RANK in the environment",
+            expected="to be started by torchrun", remedy="start with `python -m train ...`, or torchrun -m train.rank",
+        )  # fmt: skip
+    rank, size, local = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    place = choose_device(device, local)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=TIMEOUT)
+    control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    return World(rank=rank, size=size, device=place, control=control)
+
+
+def choose_device(device: Device, local_rank: int) -> torch.device:
+    """The device of this rank; `auto` takes CUDA where the machine has it.
+
+    Raises:
+        UserError: CUDA is asked for, and the machine has fewer devices than ranks.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device is Device.cpu or (device is Device.auto and count == 0):
+        return torch.device("cpu")
+    if local_rank >= count:
+        raise UserError(
+            "there are more ranks than CUDA devices", found=f"{count} device(s), local rank {local_rank}",
+            expected="one device per rank", remedy=f"set hardware.ranks={max(count, 1)}, or hardware.device=cpu",
+        )  # fmt: skip
+    return torch.device("cuda", local_rank)
+
+
+def stop() -> None:
+    """Leaves the process group; safe to call where none was joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,181 @@
+"""The sharded engine: DeepSpeed ZeRO 0 to 3 behind the same interface, and all that has to be known about it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anchorformer.contracts import Batch
+from anchorformer.weights import part_state
+from train.config import Part, RunConfig
+from train.distributed import World
+from train.engine.base import Engine
+from train.loss import supervised_loss
+from train.optim import build_optimizer, build_scheduler, part_of_parameter
+from train.stage import assert_declared
+
+log = logging.getLogger(__name__)
+
+
+class ZeroEngine(Engine):
+    """DeepSpeed with our own AdamW, schedule and accumulation borders.
+
+    DeepSpeed averages gradients over the ranks; the loss is multiplied by their number so that they are summed instead.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: RunConfig, world: World, total_steps: int, dtype: torch.dtype
+    ) -> None:
+        super().__init__(config, world)
+        deepspeed = _import_deepspeed(world.device)
+        self._owners = part_of_parameter(model, config.stage)
+        optimizer = build_optimizer(model, config.stage, world.device)
+        scheduler = build_scheduler(optimizer, config.stage, total_steps)
+        optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        self._deepspeed, _, _, self.scheduler = deepspeed.initialize(
+            model=model, optimizer=optimizer, lr_scheduler=scheduler, config=deepspeed_config(config, world, dtype)
+        )
+        self.model = self._deepspeed.module
+        self._stage = config.zero.stage
+        assert_declared(self.model, config.stage, optimized)
+
+    def _backward(self, batch: Batch, step_supervised: int, *, is_last: bool) -> Tensor:
+        self._deepspeed.set_gradient_accumulation_boundary(is_last)
+        loss = supervised_loss(self._deepspeed, batch, step_supervised)
+        self._deepspeed.backward(loss * self.world.size, scale_wrt_gas=False)
+        return loss.detach()
+
+    def part_grad_norms(self) -> dict[Part, float]:
+        parts = list(self.config.stage.trains)
+        squares = dict.fromkeys(parts, 0.0)
+        for part, gradient in self._gradients():
+            squares[part] += float(gradient.float().square().sum())
+        # Without ZeRO every rank holds the whole gradient; with it, a part of its own.
+        totals = list(squares.values()) if self._stage == 0 else self.world.sum(list(squares.values()))
+        return {part: total**0.5 for part, total in zip(parts, totals, strict=True)}
+
+    def _gradients(self) -> Iterator[tuple[Part, Tensor]]:
+        """This rank's part of the reduced gradients."""
+        optimizer = self._deepspeed.optimizer
+        if self._stage == 0:
+            for parameter in self.model.parameters():
+                if parameter.requires_grad and parameter.grad is not None:
+                    yield self._owners[id(parameter)], parameter.grad
+            return
+        groups = optimizer.fp16_groups if self._stage == 3 else optimizer.bit16_groups
+        for index, members in enumerate(groups):
+            for gradient in optimizer.averaged_gradients[index]:
+                yield self._owners[id(members[0])], gradient
+
+    def step(self) -> None:
+        self._deepspeed.step()
+
+    @property
+    def lrs(self) -> dict[str, float]:
+        return {group["name"]: float(group["lr"]) for group in self._deepspeed.optimizer.param_groups}
+
+    def values(self) -> dict[str, Tensor]:
+        held = {}
+        for name, parameter in self.model.named_parameters():
+            value = self._master(parameter) if parameter.requires_grad else getattr(parameter, "ds_tensor", parameter)
+            if value is not None:
+                held[name] = value.detach()
+        return held
+
+    def _master(self, parameter: nn.Parameter) -> Tensor | None:
+        if self._stage == 3:
+            from deepspeed.utils import safe_get_local_fp32_param
+
+            return safe_get_local_fp32_param(parameter)
+        mapping = getattr(parameter, "_hp_mapping", None)
+        if mapping is not None:
+            return mapping.get_hp_fragment()
+        return parameter if self._stage == 0 else None
+
+    def gather(self, part: Part) -> dict[str, Tensor] | None:
+        tensors = part_state(self.model, part.value)
+        if self._stage == 3:
+            from deepspeed.zero import GatheredParameters
+
+            parameters = dict(self.model.named_parameters())
+            for name in tensors:
+                if name in parameters:
+                    # One at a time: rank 0 never holds more than the part, other ranks never more than one tensor.
+                    with GatheredParameters([parameters[name]]):
+                        tensors[name] = parameters[name].detach().cpu().clone() if self.world.is_main else tensors[name]
+        if not self.world.is_main:
+            return None
+        return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+
+    def save(self, folder: Path) -> None:
+        self._deepspeed.save_checkpoint(
+            str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=True
+        )
+
+    def load(self, folder: Path) -> None:
+        # Frozen weights are not in the checkpoint, so DeepSpeed cannot be strict here; the caller compares the
+        # fingerprint of every tensor instead, which is stricter than names.
+        path, _ = self._deepspeed.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=False)
+        if path is None:
+            raise RuntimeError(f"DeepSpeed found nothing to load in {folder}")
+
+
+def deepspeed_config(config: RunConfig, world: World, dtype: torch.dtype) -> dict[str, Any]:
+    """DeepSpeed's own configuration of a run."""
+    is_cuda = world.device.type == "cuda"
+    stage: dict[str, Any] = {
+        "stage": config.zero.stage,
+        "reduce_bucket_size": config.zero.bucket_size,
+        "allgather_bucket_size": config.zero.bucket_size,
+        "overlap_comm": config.zero.overlap_comm and is_cuda,
+        "contiguous_gradients": True,
+    }
+    if config.zero.overlap_comm and not is_cuda:
+        log.info("zero.overlap_comm has no effect on %s, which has no streams to overlap on", world.device)
+    micro = config.hardware.micro_batch
+    return {
+        "train_micro_batch_size_per_gpu": micro,
+        # The planned number; the true borders are set micro-batch by micro-batch.
+        "gradient_accumulation_steps": config.stage.global_batch // (micro * world.size),
+        "gradient_clipping": config.stage.clip_norm,
+        "zero_optimization": stage,
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "wall_clock_breakdown": False,
+    }
+
+
+@contextmanager
+def partitioned_loading(config: RunConfig, world: World, dtype: torch.dtype) -> Iterator[None]:
+    """`from_pretrained` inside this block leaves each rank with its ZeRO-3 part of every tensor, never the whole model."""
+    from transformers.integrations import HfDeepSpeedConfig
+
+    _import_deepspeed(world.device)
+    # transformers looks for a living object of this class; the name keeps it alive until the block ends.
+    alive = HfDeepSpeedConfig(deepspeed_config(config, world, dtype))
+    try:
+        yield
+    finally:
+        del alive
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed, told what it would otherwise find out by compiling: on CPU it needs no compiler at all."""
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    import deepspeed.ops
+
+    if device.type == "cpu":
+        # DeepSpeed builds a shared-memory extension while joining the process group and aborts without g++ and ninja.
+        # The name is private to 0.19, the pinned series; a test with an empty PATH watches it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed
