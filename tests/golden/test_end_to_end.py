@@ -1,4 +1,4 @@
-"""Vision tower to loss against the published code: embeddings, labels, logits, loss, projector gradients, greedy ids."""
+"""Vision tower to loss against the published code: embeddings, labels, logits, loss, gradients, greedy ids."""
 
 from __future__ import annotations
 
