@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import MissingMandatoryValue, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from anchorformer.errors import UserError, run_guarded
@@ -28,28 +32,30 @@ def compose_config(overrides: Sequence[str]) -> EvalConfig:
         UserError: an override that cannot be read, an unknown key or task, a value that is missing or of a wrong type.
     """
     try:
-        names = _task_names(overrides)
-        groups = [f"+eval@tasks.{name}={name}" for name in names]
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        tasks = [f"+eval@tasks.{name}={name}" for name in _chosen(parsed)]
+        # Added by force, so that unknown keys are refused by `parse`, which names the nearest one.
+        values = ["++" + str(item.input_line).lstrip("+") for item in parsed]
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            composed = compose("evals", overrides=[*overrides, *groups])
-        values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    except MissingMandatoryValue as error:
+            composed = OmegaConf.to_container(compose("evals", overrides=[*tasks, *values]), resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
         raise UserError(
-            "the evaluation is not complete",
+            "the command line cannot be read",
             found=str(error).splitlines()[0],
-            expected="model=..., task=... and data.root=...",
-            remedy="python -m evals model=checkpoints/<run> task=docvqa_val data.root=<folder>",
+            expected="key=value ..., with keys of conf/evals.yaml",
+            remedy="quote values with blanks or brackets for the shell; tasks.<name>.<key>=<value> sets a task's value",
         ) from None
-    except (HydraException, OmegaConfBaseException, OSError) as error:
+    assert isinstance(composed, dict)
+    unknown = composed.keys() - {field.name for field in dataclasses.fields(EvalConfig)} - {"task"}
+    missing = sorted(_missing(composed))
+    if missing and not unknown:  # a misspelt key leaves its right name missing; `parse` says so better
         raise UserError(
-            "the command line does not fit conf/evals.yaml",
-            found=str(error).splitlines()[0],
-            expected=f"keys of conf/evals.yaml; tasks: {', '.join(task_names())}",
-            remedy="correct the spelling; values of a task are set as tasks.<name>.<key>=<value>",
-        ) from None
-    assert isinstance(values, dict)
-    del values["task"]
-    return parse(EvalConfig, {str(key): value for key, value in values.items()}, "python -m evals")
+            f"{len(missing)} value(s) are missing",
+            found=", ".join(f"{key}=???" for key in missing),
+            expected="a value for each of them",
+            remedy="add " + " ".join(f"{key}=..." for key in missing),
+        )
+    return parse(EvalConfig, {str(key): item for key, item in composed.items() if key != "task"}, "python -m evals")
 
 
 def task_names() -> list[str]:
@@ -67,16 +73,16 @@ def model_folder(name: str) -> Path:
     for candidate in (folder / "model", folder):
         if (candidate / "config.json").is_file():
             return candidate
-    there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else "no such folder"
+    there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
     raise UserError(
         f"no model in {name}",
-        found=there,
+        found=there or "an empty folder",
         expected="a finished run (with model/ in it) or a model folder (with config.json)",
         remedy="finish the run, or pass the folder that `python -m anchorformer.assemble` wrote",
     )
 
 
-def main() -> None:
+def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = compose_config(sys.argv[1:])
     folder = model_folder(config.model)
@@ -89,13 +95,30 @@ def main() -> None:
     for result in evaluate(config, prepared, respondent, facts, out):
         print(line(result))
     print(f"predictions and results: {out}")
+    return 0
 
 
-def _task_names(overrides: Sequence[str]) -> list[str]:
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    values = [item.value() for item in parsed if item.key_or_group == "task"]
+def _chosen(overrides: Sequence[Override]) -> list[str]:
+    values = [item.value() for item in overrides if item.key_or_group == "task"]
     names = values[-1] if values else []
-    return [str(name) for name in (names if isinstance(names, list) else [names])]
+    for name in names if isinstance(names, list) else [names]:
+        if name not in task_names():
+            near = difflib.get_close_matches(str(name), task_names(), n=1)
+            raise UserError(
+                f"there is no task '{name}'",
+                found=f"task={name}",
+                expected=f"'{near[0]}'?" if near else f"one of {', '.join(task_names())}",
+                remedy="name a file of conf/eval; a task of your own is one YAML there",
+            )
+    return names if isinstance(names, list) else [names]
+
+
+def _missing(values: Mapping[Any, Any], parent: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _missing(value, f"{parent}{key}.")
+        elif value == "???":
+            yield f"{parent}{key}"
 
 
 if __name__ == "__main__":

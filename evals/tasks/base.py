@@ -65,8 +65,8 @@ class TaskConfig(Schema):
         raise NotImplementedError
 
     def group(self, item: Question) -> str | None:
-        """Name of the part of the task that this question is also reported under."""
-        return None
+        """Name of the part of the task that this question is also reported under: what its record calls its kind."""
+        return item.meta.get("kind")
 
     def describe(self) -> dict[str, Any]:
         """Metric variant and decoding, for the result file."""

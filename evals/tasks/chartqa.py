@@ -5,16 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from evals.metrics import MetricName
-from evals.questions import Question
 from evals.tasks.base import AnswerTask
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChartqaTask(AnswerTask):
-    """ChartQA by relaxed accuracy: over all questions, and for human and augmented ones apart."""
+    """ChartQA by relaxed accuracy: over all questions, and by the kind of question (human, augmented) apart."""
 
     metric: MetricName = MetricName.relaxed_accuracy
     max_new_tokens: int = 16
-
-    def group(self, item: Question) -> str | None:
-        return item.meta.get("kind")

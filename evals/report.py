@@ -1,0 +1,208 @@
+"""`python -m evals.report FOLDER`: what came of a run, from its files alone, as report.md and on the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from anchorformer.errors import UserError, run_guarded
+from evals.config import Condition
+
+STAGE_ORDER = ("align", "finetune")
+WINDOW = 10
+"""Steps over which the losses at the start and at the end are averaged."""
+TIMINGS = "timings.json"
+"""Seconds per part that is no training stage and no evaluation: `{"install": 112.4, ...}`."""
+
+Row = Sequence[str]
+
+
+def report(folder: Path) -> str:
+    """The report of a run folder, or of the folder that holds a run's stages, as Markdown.
+
+    Raises:
+        UserError: no stage has been trained there, or one of the files cannot be read.
+    """
+    stages = _stages(folder)
+    steps = {name: _steps(path / "metrics.jsonl") for name, path in stages.items()}
+    results = {name: _results(path / "evals") for name, path in stages.items()}
+    environments = [_json(path / "environment.json") for path in stages.values()]
+    return "\n".join(
+        [
+            f"# {folder.name}\n",
+            "## Training\n",
+            _table(
+                ("stage", "steps", "loss at start", "loss at end", "tokens/s", "samples/s", "seconds"),
+                [_stage_row(name, rows) for name, rows in steps.items()],
+            ),
+            f"Losses are means over the first and the last {WINDOW} steps, per supervised token.\n",
+            *_accuracies(results),
+            "## Seconds per part\n",
+            _table(("part", "seconds"), list(_seconds(folder, steps, results))),
+            f"Machine: {_machine(environments[0])}\n",
+        ]
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m evals.report", description=__doc__)
+    parser.add_argument("folder", type=Path, help="folder of a run's stages (checkpoints/<run>) or of one stage")
+    folder = parser.parse_args().folder
+    text = report(folder)
+    beside = folder / "report.md.tmp"
+    beside.write_text(text, "utf-8")
+    beside.replace(folder / "report.md")
+    print(text)
+    print(f"written to {folder / 'report.md'}")
+    return 0
+
+
+def _stages(folder: Path) -> dict[str, Path]:
+    below = sorted(path.parent for path in folder.glob("*/metrics.jsonl"))
+    found = [folder] if (folder / "metrics.jsonl").is_file() else below
+    if not found:
+        there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else "no such folder"
+        raise UserError(
+            f"nothing to report in {folder}",
+            found=there,
+            expected="metrics.jsonl of a run, in the folder or in its align/ and finetune/",
+            remedy="train first, then pass the run's folder",
+        )
+    rank = {name: position for position, name in enumerate(STAGE_ORDER)}
+    return {path.name: path for path in sorted(found, key=lambda path: (rank.get(path.name, 99), path.name))}
+
+
+def _steps(path: Path) -> list[dict[str, Any]]:
+    # A run that was resumed may hold a step twice; the later one is what the weights went through.
+    by_step = {}
+    for number, text in enumerate(path.read_text("utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise _unreadable(path, f"line {number}: {error}") from None
+        if "loss" in row:
+            by_step[row["step"]] = row
+    if not by_step:
+        raise _unreadable(path, "no step in it")
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _stage_row(name: str, rows: Sequence[Mapping[str, Any]]) -> Row:
+    window = min(WINDOW, max(1, len(rows) // 2))
+    seconds = sum(row["time"]["step_seconds"] for row in rows)
+    tokens, samples = sum(row["tokens"] for row in rows), sum(row["samples"] for row in rows)
+    return (
+        name,
+        str(rows[-1]["step"]),
+        f"{_mean(row['loss'] for row in rows[:window]):.3f}",
+        f"{_mean(row['loss'] for row in rows[-window:]):.3f}",
+        f"{tokens / seconds:,.0f}",
+        f"{samples / seconds:,.1f}",
+        f"{seconds:,.1f}",
+    )
+
+
+def _results(folder: Path) -> dict[str, dict[Condition, dict[str, Any]]]:
+    by_task: dict[str, dict[Condition, dict[str, Any]]] = {}
+    for path in sorted(folder.glob("*.json")):
+        result = _json(path)
+        by_task.setdefault(result["task"], {})[Condition(result["condition"])] = result
+    return by_task
+
+
+def _accuracies(results: Mapping[str, Mapping[str, Mapping[Condition, Mapping[str, Any]]]]) -> Iterable[str]:
+    rows = [
+        (
+            stage,
+            task,
+            by_condition[next(iter(by_condition))]["metric"],
+            str(by_condition[next(iter(by_condition))]["n_scored"]),
+            *(_score(by_condition.get(condition)) for condition in Condition),
+            _margin(by_condition),
+        )
+        for stage, tasks in results.items()
+        for task, by_condition in tasks.items()
+    ]
+    if not rows:
+        return ["No task has been evaluated.\n"]
+    header = ("after", "task", "metric", "n", "right image", "shuffled image", "no image", "right - shuffled")
+    return ["## Held-out scores\n", _table(header, rows)]
+
+
+def _score(result: Mapping[str, Any] | None) -> str:
+    return "" if result is None or result["score"] is None else f"{result['score']:.3f}"
+
+
+def _margin(by_condition: Mapping[Condition, Mapping[str, Any]]) -> str:
+    scores = [by_condition.get(condition, {}).get("score") for condition in (Condition.right, Condition.shuffled)]
+    return "" if None in scores else f"{scores[0] - scores[1]:+.3f}"
+
+
+def _seconds(
+    folder: Path,
+    steps: Mapping[str, Sequence[Mapping[str, Any]]],
+    results: Mapping[str, Mapping[str, Mapping[Condition, Mapping[str, Any]]]],
+) -> Iterable[Row]:
+    parts: dict[str, float] = {}
+    if (folder / TIMINGS).is_file():
+        parts |= _json(folder / TIMINGS)
+    for stage, rows in steps.items():
+        parts.setdefault(stage, sum(row["time"]["step_seconds"] for row in rows))
+    for stage, tasks in results.items():
+        if tasks:
+            spent = sum(result["time"]["seconds"] for task in tasks.values() for result in task.values())
+            parts.setdefault(f"evaluation after {stage}", spent)
+    yield from ((part, f"{seconds:,.1f}") for part, seconds in parts.items())
+    yield ("sum", f"{sum(parts.values()):,.1f}")
+
+
+def _machine(environment: Mapping[str, Any]) -> str:
+    return str(environment["machine"])
+
+
+def _table(header: Row, rows: Sequence[Row]) -> str:
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    numeric = [
+        all(not row[column] or row[column].lstrip("+-")[:1].isdigit() for row in rows) for column in range(len(header))
+    ]
+
+    def line(row: Row) -> str:
+        cells = zip(row, widths, numeric, strict=True)
+        return (
+            "| " + " | ".join(cell.rjust(width) if right else cell.ljust(width) for cell, width, right in cells) + " |"
+        )
+
+    rule = (
+        "|"
+        + "|".join("-" * (width + 1) + (":" if right else "-") for width, right in zip(widths, numeric, strict=True))
+        + "|"
+    )
+    return "\n".join([line(header), rule, *map(line, rows)]) + "\n"
+
+
+def _mean(values: Iterable[float]) -> float:
+    collected = list(values)
+    return sum(collected) / len(collected)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, str(error)) from None
+
+
+def _unreadable(path: Path, problem: str) -> UserError:
+    return UserError(
+        f"{path} cannot be read",
+        found=problem,
+        expected="the file as the run wrote it",
+        remedy="run the step that writes it again",
+    )
+
+
+if __name__ == "__main__":
+    run_guarded(main)
