@@ -76,23 +76,22 @@ def _stages(folder: Path) -> dict[str, Path]:
 
 
 def _steps(path: Path) -> list[dict[str, Any]]:
-    # A run that was resumed may hold a step twice; the later one is what the weights went through.
-    by_step = {}
-    for number, text in enumerate(path.read_text("utf-8").splitlines(), start=1):
+    text = path.read_text("utf-8")
+    rows = []
+    # A kill can cut the last line short; the resumed run writes that step again.
+    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), start=1):
         try:
-            row = json.loads(text)
+            rows.append(json.loads(line))
         except json.JSONDecodeError as error:
             raise _unreadable(path, f"line {number}: {error}") from None
-        if "loss" in row:
-            by_step[row["step"]] = row
-    if not by_step:
+    if not rows:
         raise _unreadable(path, "no step in it")
-    return [by_step[step] for step in sorted(by_step)]
+    return rows
 
 
 def _stage_row(name: str, rows: Sequence[Mapping[str, Any]]) -> Row:
     window = min(WINDOW, max(1, len(rows) // 2))
-    seconds = sum(row["time"]["step_seconds"] for row in rows)
+    seconds = sum(row["time"]["seconds"] for row in rows)
     tokens, samples = sum(row["tokens"] for row in rows), sum(row["samples"] for row in rows)
     return (
         name,
@@ -137,8 +136,10 @@ def _score(result: Mapping[str, Any] | None) -> str:
 
 
 def _margin(by_condition: Mapping[Condition, Mapping[str, Any]]) -> str:
-    scores = [by_condition.get(condition, {}).get("score") for condition in (Condition.right, Condition.shuffled)]
-    return "" if None in scores else f"{scores[0] - scores[1]:+.3f}"
+    right, shuffled = (
+        by_condition.get(condition, {}).get("score") for condition in (Condition.right, Condition.shuffled)
+    )
+    return "" if right is None or shuffled is None else f"{right - shuffled:+.3f}"
 
 
 def _seconds(
@@ -150,7 +151,7 @@ def _seconds(
     if (folder / TIMINGS).is_file():
         parts |= _json(folder / TIMINGS)
     for stage, rows in steps.items():
-        parts.setdefault(stage, sum(row["time"]["step_seconds"] for row in rows))
+        parts.setdefault(stage, sum(row["time"]["seconds"] for row in rows))
     for stage, tasks in results.items():
         if tasks:
             spent = sum(result["time"]["seconds"] for task in tasks.values() for result in task.values())
@@ -164,23 +165,16 @@ def _machine(environment: Mapping[str, Any]) -> str:
 
 
 def _table(header: Row, rows: Sequence[Row]) -> str:
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    numeric = [
-        all(not row[column] or row[column].lstrip("+-")[:1].isdigit() for row in rows) for column in range(len(header))
-    ]
+    columns = list(zip(header, *rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    numeric = [all(not cell or cell.lstrip("+-")[:1].isdigit() for cell in column[1:]) for column in columns]
+    rule = [("-" * (width - 1) + ":") if right else "-" * width for width, right in zip(widths, numeric, strict=True)]
 
     def line(row: Row) -> str:
         cells = zip(row, widths, numeric, strict=True)
-        return (
-            "| " + " | ".join(cell.rjust(width) if right else cell.ljust(width) for cell, width, right in cells) + " |"
-        )
+        return f"| {' | '.join(cell.rjust(width) if right else cell.ljust(width) for cell, width, right in cells)} |"
 
-    rule = (
-        "|"
-        + "|".join("-" * (width + 1) + (":" if right else "-") for width, right in zip(widths, numeric, strict=True))
-        + "|"
-    )
-    return "\n".join([line(header), rule, *map(line, rows)]) + "\n"
+    return "\n".join([line(header), line(rule), *map(line, rows)]) + "\n"
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -1,0 +1,98 @@
+"""The report: right figures from a run's files, and plain words where there are none."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from anchorformer.errors import UserError
+from evals import report
+
+
+def write_stage(folder: Path, losses: list[float], evals: dict[str, dict[str, float]] | None = None) -> None:
+    (folder / "evals").mkdir(parents=True)
+    rows = [
+        {"step": step, "loss": loss, "tokens": 200, "samples": 4, "time": {"seconds": 0.5}}
+        for step, loss in enumerate(losses, start=1)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 99, "lo')
+    (folder / "environment.json").write_text(json.dumps({"machine": "2 cores of a test"}))
+    for task, scores in (evals or {}).items():
+        for condition, score in scores.items():
+            result: dict[str, Any] = {
+                "task": task, "condition": condition, "metric": "exact_match", "n_scored": 100, "score": score,
+                "time": {"seconds": 1.5},
+            }  # fmt: skip
+            (folder / "evals" / f"{task}-{condition}.json").write_text(json.dumps(result))
+
+
+def cells(text: str, first: str) -> list[str]:
+    rows = ([cell.strip() for cell in row.strip("|").split("|")] for row in text.splitlines())
+    return next(row for row in rows if row[0] == first)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "demo"
+    write_stage(folder / "finetune", [2.0] * 10 + [1.0] * 5 + [0.5] * 10, {
+        "scene": {"right": 0.58, "shuffled": 0.30, "none": 0.25}, "doc": {"right": 0.75},
+    })  # fmt: skip
+    write_stage(folder / "align", [4.0] * 10 + [0.8] * 10)
+    return folder
+
+
+def test_stages_in_the_order_they_were_trained(run: Path) -> None:
+    text = report.report(run)
+    assert text.index("| align") < text.index("| finetune")
+    assert cells(text, "align")[:7] == ["align", "20", "4.000", "0.800", "400", "8.0", "10.0"]
+    assert text.splitlines()[0] == "# demo"
+    assert "Machine: 2 cores of a test" in text
+
+
+def test_accuracy_beside_its_baselines(run: Path) -> None:
+    text = report.report(run)
+    rows = {
+        line.split("|")[2].strip(): [cell.strip() for cell in line.split("|")]
+        for line in text.splitlines()
+        if "exact_match" in line
+    }
+    assert rows["scene"][1:9] == ["finetune", "scene", "exact_match", "100", "0.580", "0.300", "0.250", "+0.280"]
+    assert rows["doc"][5:9] == ["0.750", "", "", ""]
+
+
+def test_seconds_of_every_part_and_their_sum(run: Path) -> None:
+    (run / "timings.json").write_text(json.dumps({"install": 100.0, "backbones": 150.5}))
+    text = report.report(run)
+    assert cells(text, "install") == ["install", "100.0"]
+    assert cells(text, "evaluation after finetune") == ["evaluation after finetune", "6.0"]
+    assert cells(text, "sum") == ["sum", f"{100 + 150.5 + 10 + 12.5 + 6:.1f}"]
+
+
+def test_a_single_stage_is_a_report_too(run: Path) -> None:
+    assert report.report(run / "align").startswith("# align")
+    assert "No task has been evaluated" in report.report(run / "align")
+
+
+def test_the_command_prints_what_it_writes(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["report", str(run)])
+    assert report.main() == 0
+    assert (run / "report.md").read_text() in capsys.readouterr().out
+    assert not list(run.glob("*.tmp"))
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nothing to report"):
+        report.report(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{}x\n", "\n"])
+def test_a_damaged_metrics_file_is_named(run: Path, content: str) -> None:
+    (run / "align" / "metrics.jsonl").write_text(content)
+    with pytest.raises(UserError, match=r"align/metrics\.jsonl cannot be read"):
+        report.report(run)
