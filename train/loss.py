@@ -35,5 +35,5 @@ def supervised_loss(forward: Callable[..., Any], batch: Batch, step_supervised: 
         logits_to_keep=batch.predict_index_Q,
     )
     logits_QC = out.logits[0].float()
-    # The sum over no targets is 0 with a graph (the mean would be NaN), so empty micro-batches need no case of their own.
+    # The sum over no targets is 0 with a graph (the mean would be NaN): empty micro-batches need no case of their own.
     return F.cross_entropy(logits_QC, batch.targets_Q, reduction="sum") / max(step_supervised, 1)

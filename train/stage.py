@@ -120,20 +120,3 @@ def _hash(tensor: Tensor) -> int:
         total = total * 6364136223846793005 + (chunk.view(_BITS[chunk.element_size()]).long() * weights).sum()
     return int(total)
 
-
-class FrozenProof:
-    """Compares fingerprints from before the first step with those after a few steps.
-
-    Args:
-        before: fingerprints of every parameter at the start, as the engine holds them on this rank.
-        trained: names of the parameters that the stage trains.
-    """
-
-    def __init__(self, before: dict[str, int], trained: set[str]) -> None:
-        self.before, self.trained = before, trained
-
-    def violations(self, after: dict[str, int]) -> tuple[list[str], list[str]]:
-        """Frozen tensors that moved on this rank, and trained tensors that did not (another rank may hold the part of
-        them that moved)."""
-        moved = {name for name, value in after.items() if value != self.before[name]}
-        return sorted(moved - self.trained), sorted(self.trained - moved)

@@ -154,7 +154,7 @@ def deepspeed_config(config: RunConfig, world: World, dtype: torch.dtype) -> dic
 
 @contextmanager
 def partitioned_loading(config: RunConfig, world: World, dtype: torch.dtype) -> Iterator[None]:
-    """`from_pretrained` inside this block leaves each rank with its ZeRO-3 part of every tensor, never the whole model."""
+    """`from_pretrained` inside this block leaves each rank with its ZeRO-3 part of every tensor, never the whole."""
     from transformers.integrations import HfDeepSpeedConfig
 
     _import_deepspeed(world.device)

@@ -1,0 +1,110 @@
+"""What lies where in a run's folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from anchorformer.errors import UserError
+from anchorformer.schema import parse
+from train.config import RunConfig
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths of one run; `checkpoints/README.md` describes them to users."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration, all that ranks ever see."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per optimizer step, written by rank 0."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def state(self) -> Path:
+        """Checkpoints to resume from."""
+        return self.path / "state"
+
+    @property
+    def model(self) -> Path:
+        """The trained model as a Hugging Face folder, once the run is done."""
+        return self.path / "model"
+
+    @property
+    def done(self) -> Path:
+        """Exists when the run is complete."""
+        return self.path / "DONE"
+
+    @property
+    def halted(self) -> Path:
+        """Why the run stopped, as JSON with `exit_code` and `message`; torchrun's own exit code does not tell."""
+        return self.path / "HALTED.json"
+
+    def log(self, rank: int) -> Path:
+        return self.path / "logs" / f"rank_{rank}.log"
+
+    @property
+    def start(self) -> Path:
+        """The model folder that every rank loads: `start/` here, or the folder that `start.txt` names.
+
+        Raises:
+            UserError: neither is there.
+        """
+        pointer = self.path / "start.txt"
+        if pointer.is_file():
+            return Path(pointer.read_text().strip())
+        if not (self.path / "start").is_dir():
+            raise UserError(
+                f"run {self.path} has nothing to start from", found="neither start/ nor start.txt",
+                expected="a model folder prepared before the ranks were started",
+                remedy="start the run with `python -m train`",
+            )  # fmt: skip
+        return self.path / "start"
+
+    def read_config(self) -> RunConfig:
+        """The run's configuration.
+
+        Raises:
+            UserError: the file is missing or does not fit.
+        """
+        if not self.config.is_file():
+            raise UserError(
+                f"{self.path} is not a run folder", found="no config.yaml",
+                expected="a folder made by `python -m train`", remedy="start the run with `python -m train`",
+            )  # fmt: skip
+        return parse(RunConfig, yaml.safe_load(self.config.read_text()), str(self.config))
+
+    def write_halted(self, exit_code: int, message: str) -> None:
+        """Leaves the reason for whoever started the ranks; the first one to write is the one that is kept."""
+        if not self.halted.exists():
+            write_atomically(self.halted, json.dumps({"exit_code": exit_code, "message": message}) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file so that its name shows either the old content or the new, also after a power cut."""
+    partial = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames inside a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

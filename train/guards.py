@@ -1,0 +1,131 @@
+"""When a run must stop: numbers that cannot be trained on, frozen weights that moved, too many samples lost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from anchorformer.errors import UserError
+from train.config import Part
+from train.distributed import World
+from train.engine import Engine
+from train.metrics import StepFacts
+from train.stage import fingerprint
+
+
+class TrainingHalted(UserError):
+    """The run stopped itself; the last complete checkpoint is untouched."""
+
+    exit_code = 3
+
+
+def check_numbers(step: int, loss: float, norms: dict[Part, float], facts: StepFacts) -> None:
+    """Stops before the optimizer's step is taken; every rank sees the same numbers and so stops together.
+
+    Raises:
+        TrainingHalted: loss or gradient not finite, or no gradient in a trained connector although the step had both
+            images and targets; names the step's samples.
+    """
+    broken = {f"gradient of {part.value}": norm for part, norm in norms.items() if not math.isfinite(norm)}
+    if not math.isfinite(loss):
+        broken = {"loss": loss, **broken}
+    if broken:
+        raise _halt(
+            f"step {step}: {', '.join(f'{name} is {value}' for name, value in broken.items())}", facts,
+            "finite numbers", "look at these samples with `python -m data scan`, lower the learning rate, or try fp32",
+        )  # fmt: skip
+    if norms.get(Part.connector) == 0.0 and facts.images > 0 and facts.supervised > 0:
+        raise _halt(
+            f"step {step}: the connector's gradient is zero", facts, "a gradient wherever images and targets are",
+            "the images do not reach the loss: check the template's <image> and that answers follow the images",
+        )  # fmt: skip
+
+
+def _halt(what: str, facts: StepFacts, expected: str, remedy: str) -> TrainingHalted:
+    return TrainingHalted(what, found=f"samples {', '.join(facts.sample_ids)}", expected=expected, remedy=remedy)
+
+
+class SkipGuard:
+    """Counts samples lost to unreadable images against the share the user allows of the whole run."""
+
+    def __init__(self, max_share: float, total_samples: int) -> None:
+        self.limit = max_share * total_samples
+        self.max_share = max_share
+        self.skipped = 0
+
+    def count(self, facts: StepFacts) -> None:
+        """
+        Raises:
+            TrainingHalted: more samples were skipped than `data.max_dropped_share` of the run's.
+        """
+        self.skipped += facts.skipped
+        if self.skipped > self.limit:
+            raise TrainingHalted(
+                "too many samples were skipped", found=f"{self.skipped} unreadable images so far",
+                expected=f"at most {self.limit:.0f} ({self.max_share:.1%} of the run)",
+                remedy="find them with `python -m data scan`, or raise data.max_dropped_share",
+            )  # fmt: skip
+
+
+class FrozenGuard:
+    """Proves by hash that frozen parameters stay as they were and that every trained one moves.
+
+    Hashes are of what each rank holds, so the proof costs no gathering of weights.
+    """
+
+    AFTER = 3
+    """Steps after which the proof is taken; from then on only for as long as no image has been seen."""
+
+    def __init__(self, engine: Engine, world: World) -> None:
+        self._engine, self._world = engine, world
+        self.before = fingerprint(engine.values())
+        self._trained = {name for name, value in engine.model.named_parameters() if value.requires_grad}
+        self._steps = 0
+        self._has_seen_images = False
+        self.is_proven = False
+
+    @property
+    def frozen(self) -> dict[str, int]:
+        """Fingerprints of the frozen parameters."""
+        return {name: value for name, value in self.before.items() if name not in self._trained}
+
+    def observe(self, facts: StepFacts) -> None:
+        """Call after each step.
+
+        Raises:
+            AssertionError: a frozen parameter changed, or a trained one did not; a fault of ours, not of the user.
+        """
+        self._steps += 1
+        self._has_seen_images |= facts.images > 0 and facts.supervised > 0
+        if not self.is_proven and self._steps >= self.AFTER and self._has_seen_images:
+            self.prove()
+
+    def finish(self) -> None:
+        """Call after the last step: a run shorter than `AFTER` is proven here.
+
+        Raises:
+            AssertionError: see `observe`.
+        """
+        if not self.is_proven and self._has_seen_images:
+            self.prove()
+
+    def prove(self) -> None:
+        """Compares now with the start.
+
+        Raises:
+            AssertionError: see `observe`.
+        """
+        after = fingerprint(self._engine.values())
+        moved = self._union([name for name, value in after.items() if value != self.before[name]])
+        if moved - self._trained:
+            raise AssertionError(f"frozen parameters changed: {_some(moved - self._trained)}")
+        if self._trained - moved:
+            raise AssertionError(f"trained parameters did not change: {_some(self._trained - moved)}")
+        self.is_proven = True
+
+    def _union(self, names: Sequence[str]) -> set[str]:
+        return {name for part in self._world.gather(list(names)) for name in part}
+
+
+def _some(names: set[str]) -> str:
+    return ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,155 @@
+"""The record of a run: what each step was made of, one JSON line per step, and the line on the console."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from anchorformer.contracts import Batch
+from train.config import Part
+from train.distributed import World
+from train.folder import write_atomically
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepFacts:
+    """What all ranks together work on in one step; the same on every rank.
+
+    Attributes:
+        sample_ids: rank by rank, micro-batch by micro-batch.
+        padding_share: share of positions that ranks wait for instead of computing: within a micro-batch every rank
+            waits for the longest. (Batches themselves hold no padding.)
+    """
+
+    sample_ids: tuple[str, ...]
+    tokens: int
+    supervised: int
+    images: int
+    skipped: int
+    padding_share: float
+
+
+def gather_facts(world: World, batches: Sequence[Batch]) -> StepFacts:
+    """One exchange on the host, before the step's first forward, because the loss is divided by its total."""
+    mine = [
+        (batch.sample_ids, batch.num_tokens, batch.num_supervised, batch.tiles_B3HW.shape[0], batch.num_skipped)
+        for batch in batches
+    ]
+    ranks = world.gather(mine)
+    every = [micro for rank in ranks for micro in rank]
+    tokens = sum(micro[1] for micro in every)
+    slots = world.size * sum(max(micro[1] for micro in micros) for micros in zip(*ranks, strict=True))
+    return StepFacts(
+        sample_ids=tuple(name for micro in every for name in micro[0]),
+        tokens=tokens,
+        supervised=sum(micro[2] for micro in every),
+        images=sum(micro[3] for micro in every),
+        skipped=sum(micro[4] for micro in every),
+        padding_share=round(1.0 - tokens / slots, 6) if slots else 0.0,
+    )
+
+
+def step_record(
+    step: int, loss: float, lrs: dict[str, float], grad_norm: float, norms: dict[Part, float] | None, facts: StepFacts,
+    time: dict[str, float],
+) -> dict[str, Any]:
+    """One line of metrics.jsonl; everything outside `time` is a function of config, data and weights alone.
+
+    Args:
+        norms: gradient norm per part in the steps that log it, else None.
+        time: seconds and rates, memory.
+    """
+    record: dict[str, Any] = {"step": step, "loss": loss, "lr": lrs, "grad_norm": grad_norm}
+    if norms is not None:
+        record["part_grad_norm"] = {part.value: norm for part, norm in norms.items()}
+    return record | {
+        "supervised_tokens": facts.supervised, "tokens": facts.tokens, "samples": len(facts.sample_ids),
+        "images": facts.images, "skipped": facts.skipped, "padding_share": facts.padding_share,
+        "sample_ids": list(facts.sample_ids), "time": {name: round(value, 6) for name, value in time.items()},
+    }  # fmt: skip
+
+
+def time_record(seconds: float, data_wait: float, facts: StepFacts, device: torch.device) -> dict[str, float]:
+    """Rates over all ranks, and rank 0's wait for data and peak memory."""
+    return {
+        "seconds": seconds,
+        "data_wait_seconds": data_wait,
+        "tokens_per_second": facts.tokens / seconds,
+        "samples_per_second": len(facts.sample_ids) / seconds,
+        "peak_memory_gib": peak_memory(device) / 2**30,
+    }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes this process has held: on the accelerator, or resident in RAM where there is none."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kib if sys.platform == "darwin" else kib * 1024
+
+
+class MetricsFile:
+    """metrics.jsonl, appended to by rank 0 alone; on resume the lines after the checkpoint are taken back.
+
+    Args:
+        step: last step whose line stays; 0 starts the file anew.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        kept = [line for line in read_lines(path) if json.loads(line)["step"] <= step] if step else []
+        write_atomically(path, "".join(line + "\n" for line in kept))
+        self._file = path.open("a")
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_lines(path: Path) -> list[str]:
+    """Complete lines of a metrics file; a last line that a kill cut short is left out."""
+    if not path.is_file():
+        return []
+    text = path.read_text()
+    return text[: text.rfind("\n") + 1].splitlines()
+
+
+class Console:
+    """The line on rank 0's terminal every few steps: where the run is, how well, how fast, how long still."""
+
+    def __init__(self, total_steps: int, first_step: int) -> None:
+        self._total, self._first = total_steps, first_step
+        self._seconds = 0.0
+
+    def count(self, seconds: float) -> None:
+        """Adds a step to the mean that the remaining time is estimated from."""
+        self._seconds += seconds
+
+    def show(self, record: dict[str, Any]) -> None:
+        step, time = record["step"], record["time"]
+        remaining = (self._total - step) * self._seconds / (step - self._first)
+        lr = max(record["lr"].values())
+        log.info(
+            "step %d/%d %3.0f%%  loss %.4f  lr %.2e  |g| %.3g  %.0f tok/s  %.1f samples/s  data %.0f%%  left %s",
+            step, self._total, 100 * step / self._total, record["loss"], lr, record["grad_norm"],
+            time["tokens_per_second"], time["samples_per_second"],
+            100 * time["data_wait_seconds"] / time["seconds"], _clock(remaining),
+        )  # fmt: skip
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"

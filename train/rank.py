@@ -1,0 +1,101 @@
+"""One rank of a run, as torchrun starts it: `python -m train.rank <run folder>`; it never sees Hydra."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import anchorformer.auto  # noqa: F401 (makes the model and its processor known to transformers)
+from anchorformer.errors import UserError, run_guarded
+from train import checkpoint, distributed
+from train.config import RunConfig
+from train.distributed import World
+from train.engine import build_engine, loading
+from train.folder import RunFolder
+from train.precision import choose_dtype
+from train.stage import freeze, render, table
+from train.trainer import Run, train
+
+log = logging.getLogger(__name__)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Joins the other ranks, loads, trains, and leaves the run's folder complete."""
+    parser = argparse.ArgumentParser(prog="python -m train.rank", description=__doc__)
+    parser.add_argument("run_folder", type=Path)
+    folder = RunFolder(parser.parse_args(arguments).run_folder.resolve())
+    start_logging(folder)
+    try:
+        config = folder.read_config()
+        prepare_process(config)
+        run_rank(config, folder, distributed.start(config.hardware.device))
+    except UserError as error:
+        # Every rank may get here, together (a halted run) or alone (a broken record of its own).
+        folder.write_halted(error.exit_code, str(error))
+        raise
+    distributed.stop()
+    return 0
+
+
+def run_rank(config: RunConfig, folder: RunFolder, world: World) -> None:
+    """Builds everything a run is made of and trains; the process group is joined already."""
+    from transformers import AutoProcessor
+
+    from anchorformer.weights import check_folder, load_model
+    from data.loader import Loader
+
+    start = folder.start
+    model_config = check_folder(start, config.model.selector, config.model.connector)
+    dtype = choose_dtype(config.hardware.precision, world.device, model_config.text_config.hidden_size)
+    with loading(config, world, dtype):
+        model = load_model(start, dtype)
+    freeze(model, config.stage)
+    processor = AutoProcessor.from_pretrained(start, local_files_only=True)
+
+    position = checkpoint.find(folder.state, config.resume, world)
+    loader = Loader(config, processor, world.rank, world.size)
+    engine = build_engine(model, config, world, loader.total_steps, dtype)
+    log.info("stage %s on %d rank(s), %s\n%s", config.stage.name.value, world.size, world.device,
+             render(table(engine.model, config.stage)))  # fmt: skip
+    resumed = None
+    if position is not None:
+        resumed = checkpoint.restore(position, engine, world, config)
+        loader.load_state_dict(resumed.loader)
+        log.info("resumed from %s after step %d", position, resumed.step)
+    train(Run(config, folder, world, engine, loader, loader.total_steps, resumed))
+
+
+def prepare_process(config: RunConfig) -> None:
+    """Threads and determinism of this process, before anything is computed."""
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(config.hardware.threads or max(1, cores // local_ranks))
+    torch.manual_seed(config.seed)
+    if not torch.cuda.is_available():
+        # On CPU determinism is free; on CUDA several fused backward passes have no deterministic form.
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def start_logging(folder: RunFolder) -> None:
+    """All of this rank's log in its own file; rank 0's also on the terminal."""
+    rank = int(os.environ.get("RANK", "0"))
+    path = folder.log(rank)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    form = logging.Formatter("%(asctime)s %(levelname).1s %(name)s: %(message)s", "%H:%M:%S")
+    handlers: list[logging.Handler] = [logging.FileHandler(path)]
+    if rank == 0:
+        handlers.append(logging.StreamHandler(sys.stdout))
+    for handler in handlers:
+        handler.setFormatter(form)
+    logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
+
+
+if __name__ == "__main__":
+    run_guarded(main)

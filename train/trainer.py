@@ -1,0 +1,130 @@
+"""The loop: fetch, forward and backward, check, step, log, save."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from anchorformer.contracts import Batch
+from anchorformer.weights import derive_folder
+from train import checkpoint
+from train.checkpoint import TrainerState
+from train.config import RunConfig
+from train.distributed import World
+from train.engine import Engine
+from train.engine.base import total_norm
+from train.folder import RunFolder, write_atomically
+from train.guards import FrozenGuard, SkipGuard, check_numbers
+from train.metrics import Console, MetricsFile, gather_facts, step_record, time_record
+
+log = logging.getLogger(__name__)
+
+
+class Steps(Protocol):
+    """What the trainer needs of a loader: one list of micro-batches per optimizer step, from the step it was told."""
+
+    def __iter__(self) -> Iterator[list[Batch]]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a run is made of, on this rank.
+
+    Attributes:
+        folder: where records, checkpoints and the trained model go.
+        steps: micro-batches of step `resumed.step + 1` first.
+        resumed: what the engine was restored from; None at a fresh start.
+    """
+
+    config: RunConfig
+    folder: RunFolder
+    world: World
+    engine: Engine
+    steps: Steps
+    total_steps: int
+    resumed: TrainerState | None = None
+
+
+def train(run: Run) -> None:
+    """Runs the stage to its end and leaves the trained model in `<run>/model`.
+
+    Raises:
+        TrainingHalted: numbers that cannot be trained on, or too many samples lost; on all ranks together.
+    """
+    config, engine, world = run.config, run.engine, run.world
+    first = run.resumed.step if run.resumed else 0
+    frozen = FrozenGuard(engine, world)
+    skips = SkipGuard(config.data.max_dropped_share, run.total_steps * config.stage.global_batch)
+    skips.skipped = run.resumed.skipped if run.resumed else 0
+    metrics = MetricsFile(run.folder.metrics, first) if world.is_main else None
+    console = Console(run.total_steps, first)
+    batches_of_steps = iter(run.steps)
+
+    for step in range(first + 1, run.total_steps + 1):
+        started = time.perf_counter()
+        batches = next(batches_of_steps)
+        data_wait = time.perf_counter() - started
+
+        seed_step(config.seed, step, world.rank)
+        facts = gather_facts(world, batches)
+        (loss,) = world.sum([engine.accumulate(batches, facts.supervised)])
+        norms, lrs = engine.part_grad_norms(), engine.lrs
+        check_numbers(step, loss, norms, facts)
+        skips.count(facts)
+        engine.step()
+        frozen.observe(facts)
+
+        is_logged = step % config.log.every == 0 or step == run.total_steps
+        if metrics is not None:
+            times = time_record(time.perf_counter() - started, data_wait, facts, world.device)
+            record = step_record(step, loss, lrs, total_norm(norms), norms if is_logged else None, facts, times)
+            metrics.write(record)
+            console.count(times["seconds"])
+            if is_logged:
+                console.show(record)
+        if _is_save_due(config, step, run.total_steps):
+            state = TrainerState(step, run.steps.state_dict(), skips.skipped, checkpoint.numbers_digest(config))
+            saved = checkpoint.save(run.folder.state, engine, world, state, frozen.frozen, config.checkpoint.keep)
+            log.info("saved %s", saved)
+
+    if metrics is not None:
+        metrics.close()
+    frozen.finish()
+    export(engine, world, config, run.folder.start, run.folder.model)
+    if world.is_main:
+        write_atomically(run.folder.done, f"{run.total_steps} steps\n")
+    world.barrier()
+
+
+def _is_save_due(config: RunConfig, step: int, total_steps: int) -> bool:
+    return step == total_steps or (config.checkpoint.every is not None and step % config.checkpoint.every == 0)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Draws every generator anew from (seed, step, rank).
+
+    So a step's random numbers do not depend on what ran before it, and a resumed run needs no generator's state.
+    """
+    numbers = np.random.SeedSequence([seed, step, rank]).generate_state(2)
+    random.seed(int(numbers[0]))
+    np.random.seed(int(numbers[0]))
+    torch.manual_seed(int(numbers[1]))
+
+
+def export(engine: Engine, world: World, config: RunConfig, base: Path, out: Path) -> None:
+    """Writes the trained model as a folder like `base`; files of parts that were not trained are linked."""
+    gathered = {part.value: engine.gather(part) for part in config.stage.trains}
+    if world.is_main:
+        derive_folder(base, {part: tensors for part, tensors in gathered.items() if tensors is not None}, out)
+        log.info("wrote %s", out)
+    world.barrier()
