@@ -1,0 +1,79 @@
+"""The building blocks that connectors share: a cross-attention stack and the projector into the language model."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anchorformer.kernels.attention import attend
+
+
+class CrossAttention(nn.Module):
+    """Queries look at visual tokens: q from the normed queries, k and v from the normed tokens, all without bias.
+
+    The queries are not appended to the keys, unlike in Flamingo. Source: AnchorFormer's released `PerceiverAttention`.
+    """
+
+    def __init__(self, width: int, num_heads: int, head_width: int) -> None:
+        super().__init__()
+        self.head_width = head_width
+        inner = num_heads * head_width
+        self.norm_media = nn.LayerNorm(width)
+        self.norm_queries = nn.LayerNorm(width)
+        self.to_q = nn.Linear(width, inner, bias=False)
+        self.to_kv = nn.Linear(width, 2 * inner, bias=False)
+        self.to_out = nn.Linear(inner, width, bias=False)
+
+    def forward(self, queries_BTV: Tensor, media_BNV: Tensor) -> Tensor:
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+
+        key, value = self.to_kv(self.norm_media(media_BNV)).chunk(2, dim=-1)
+        query = self.to_q(self.norm_queries(queries_BTV))
+        out_BTHK = attend(heads(query), heads(key), heads(value), scale=self.head_width**-0.5)
+        return cast(Tensor, self.to_out(out_BTHK.flatten(2)))
+
+
+class FeedForward(nn.Module):
+    """LayerNorm, Linear, erf-GELU, Linear; no bias in the linears."""
+
+    def __init__(self, width: int, mult: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, mult * width, bias=False)
+        self.down = nn.Linear(mult * width, width, bias=False)
+
+    def forward(self, x_BTV: Tensor) -> Tensor:
+        return cast(Tensor, self.down(F.gelu(self.up(self.norm(x_BTV)))))
+
+
+class CrossLayer(nn.Module):
+    """Cross-attention and feed-forward, each with a residual."""
+
+    def __init__(self, width: int, num_heads: int, head_width: int, ff_mult: int) -> None:
+        super().__init__()
+        self.cross = CrossAttention(width, num_heads, head_width)
+        self.ff = FeedForward(width, ff_mult)
+
+    def forward(self, queries_BTV: Tensor, media_BNV: Tensor) -> Tensor:
+        queries_BTV = queries_BTV + self.cross(queries_BTV, media_BNV)
+        return cast(Tensor, queries_BTV + self.ff(queries_BTV))
+
+
+def cross_layers(width: int, depth: int, num_heads: int, head_width: int, ff_mult: int) -> nn.ModuleList:
+    """`depth` cross layers with weights of their own."""
+    return nn.ModuleList(CrossLayer(width, num_heads, head_width, ff_mult) for _ in range(depth))
+
+
+def run_layers(layers: nn.ModuleList, norm: nn.LayerNorm, queries: Tensor, media: Tensor) -> Tensor:
+    """The stack and its final norm; every layer sees the same media."""
+    for layer in layers:
+        queries = layer(queries, media)
+    return cast(Tensor, norm(queries))
+
+
+def mlp2x_gelu(vision_width: int, text_width: int) -> nn.Sequential:
+    """LLaVA-1.5's projector: Linear, GELU, Linear, with bias."""
+    return nn.Sequential(nn.Linear(vision_width, text_width), nn.GELU(), nn.Linear(text_width, text_width))

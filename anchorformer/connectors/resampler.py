@@ -1,0 +1,55 @@
+"""The learned-query resampler: the AnchorFormer stack with trained queries in place of anchors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, cast
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from anchorformer.connectors.base import Connector, ConnectorConfig
+from anchorformer.connectors.blocks import cross_layers, mlp2x_gelu, run_layers
+from anchorformer.contracts import Anchors, VisionFeatures
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResamplerConfig(ConnectorConfig):
+    """Learned queries, same stack as the AnchorFormer reference (Flamingo's and Honeybee's resamplers differ)."""
+
+    num_queries: Annotated[int, Field(ge=1)] = 144
+    """Learned queries, which is also the number of embeddings per image."""
+    depth: Annotated[int, Field(ge=1)] = 6
+    """Cross-attention layers."""
+    num_heads: Annotated[int, Field(ge=1)] = 8
+    """Attention heads of each layer."""
+    head_dim: Annotated[int, Field(ge=1)] = 64
+    """Width of one head."""
+    ff_mult: Annotated[int, Field(ge=1)] = 4
+    """Inner width of the feed-forward, as a multiple of the vision width."""
+
+    def count(self, num_tokens: int, num_anchors: int, has_cls: bool) -> int:
+        return self.num_queries
+
+    def build(self, vision_width: int, text_width: int) -> Resampler:
+        return Resampler(self, vision_width, text_width)
+
+
+class Resampler(Connector):
+    """Queries = parameters drawn from a unit normal; keys and values = all N visual tokens; anchors are not read.
+
+    Source: the Perceiver Resampler baseline of AnchorFormer's released code (after Flamingo, arXiv 2204.14198).
+    """
+
+    def __init__(self, config: ResamplerConfig, vision_width: int, text_width: int) -> None:
+        super().__init__()
+        self.queries_TV = nn.Parameter(torch.randn(config.num_queries, vision_width))
+        self.layers = cross_layers(vision_width, config.depth, config.num_heads, config.head_dim, config.ff_mult)
+        self.norm = nn.LayerNorm(vision_width)
+        self.projector = mlp2x_gelu(vision_width, text_width)
+
+    def forward(self, anchors: Anchors, features: VisionFeatures) -> Tensor:
+        media_BNV = features.tokens_BNV.to(self.norm.weight.dtype)
+        queries_BTV = self.queries_TV.expand(media_BNV.shape[0], -1, -1)
+        return cast(Tensor, self.projector(run_layers(self.layers, self.norm, queries_BTV, media_BNV)))

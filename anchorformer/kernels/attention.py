@@ -1,0 +1,290 @@
+"""Attention of all parts behind one seam: vision (with [CLS] scores), language model (flat or padded), connectors.
+
+Shapes: B images or rows, S query positions, T key positions, H query heads, h key heads (h divides H), K head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from anchorformer.errors import UserError
+from anchorformer.kernels.backend import Backend, choose
+
+VISION_ATTENTION = "anchorformer_vision"
+TEXT_ATTENTION = "anchorformer_text"
+
+_PARKS = "parks_cls_scores"
+_PARKED = "parked_cls_scores"
+
+
+def attend(
+    query_BHSK: Tensor,
+    key_BhTK: Tensor,
+    value_BhTK: Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    backend: Backend | None = None,
+) -> Tensor:
+    """softmax(q k^T scale) v for rectangles.
+
+    Args:
+        causal: position i of the queries sees keys 0..i; queries and keys are then equally many.
+        mask: bool, broadcastable to (B, H, S, T), True = may attend; not together with `causal`.
+        backend: `matmul` or `sdpa` where a test or a bench asks for one; otherwise chosen.
+
+    Returns:
+        (B, S, H, K), contiguous: the layout that the output projection reads.
+    """
+    query_BHSK, key_BhTK, value_BhTK = _one_dtype(query_BHSK, key_BhTK, value_BhTK)
+    longest = max(query_BHSK.shape[2], key_BhTK.shape[2])
+    backend = backend or choose(query_BHSK.device, query_BHSK.dtype, longest, query_BHSK.shape[3], flat=False)
+    if backend is Backend.matmul:
+        return _matmul(query_BHSK, key_BhTK, value_BhTK, scale, causal, mask, dropout)
+    out_BHSK = F.scaled_dot_product_attention(
+        query_BHSK,
+        key_BhTK,
+        value_BhTK,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=query_BHSK.shape[1] != key_BhTK.shape[1],
+    )
+    return out_BHSK.transpose(1, 2).contiguous()
+
+
+def attend_flat(
+    query_1HSK: Tensor,
+    key_1hSK: Tensor,
+    value_1hSK: Tensor,
+    *,
+    scale: float,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Causal attention inside each of the samples that lie end to end in one row; nothing crosses a border.
+
+    Args:
+        cu_seqlens: int32 (samples + 1,), borders of the samples; its last entry is S.
+        max_seqlen: longest sample, in positions.
+
+    Returns:
+        (1, S, H, K).
+    """
+    query_1HSK, key_1hSK, value_1hSK = _one_dtype(query_1HSK, key_1hSK, value_1hSK)
+    positions, width = query_1HSK.shape[2:]
+    if positions == 0:
+        return query_1HSK.transpose(1, 2)
+    backend = choose(query_1HSK.device, query_1HSK.dtype, max_seqlen, width, flat=True)
+    if backend is Backend.varlen:
+        return _varlen(query_1HSK, key_1hSK, value_1hSK, scale, cu_seqlens, max_seqlen, dropout)
+    samples = cu_seqlens.numel() - 1
+    if samples * max_seqlen == positions:  # all samples equally long: the row already is the rectangle
+        to_rectangle = back = None
+    else:
+        to_rectangle, back = _rectangle_indices(cu_seqlens.long(), max_seqlen, positions)
+
+    def rectangle(x_1HSK: Tensor) -> Tensor:
+        x_SHK = x_1HSK[0].transpose(0, 1)
+        rows = x_SHK if to_rectangle is None else x_SHK.index_select(0, to_rectangle)
+        return rows.unflatten(0, (samples, max_seqlen)).transpose(1, 2)
+
+    # Padding stands after each sample, so causality alone hides it from every real query, and no mask is needed.
+    out = attend(
+        rectangle(query_1HSK), rectangle(key_1hSK), rectangle(value_1hSK),
+        scale=scale, causal=True, dropout=dropout, backend=backend,
+    ).flatten(0, 1)
+    return (out if back is None else out.index_select(0, back)).unsqueeze(0)
+
+
+def park_cls_scores(attention: nn.Module) -> None:
+    """From now on this attention module keeps its [CLS] logits of each forward until `pop_cls_scores` takes them."""
+    setattr(attention, _PARKS, True)
+
+
+def pop_cls_scores(attention: nn.Module) -> Tensor | None:
+    """The fp32 [CLS] logits (B, H, N) of the last forward, removed from the module; None if none were left."""
+    return attention.__dict__.pop(_PARKED, None)
+
+
+def cls_scores(query_BHNK: Tensor, key_BHNK: Tensor, scale: float) -> Tensor:
+    """fp32 logits of query 0 over all keys, (B, H, N), without gradient.
+
+    A product and a sum instead of a matrix product: that stays fp32 under autocast and TF32, and the scores of an image
+    do not depend on which images share its batch.
+    """
+    with torch.no_grad():
+        return (query_BHNK[:, :, :1].float() * key_BHNK.float()).sum(-1) * scale
+
+
+def _vision_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention signature for vision towers: no mask, all tokens see each other."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if getattr(module, _PARKS, False):
+        setattr(module, _PARKED, cls_scores(query, key, scale))
+    return attend(query, key, value, scale=scale, mask=attention_mask, dropout=dropout), None
+
+
+def _text_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention signature for causal language models: flat with cu_seq_lens_q, padded without."""
+    _refuse_unknown_rules(kwargs)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if cu_seq_lens_q is None:
+        causal = attention_mask is None and query.shape[2] > 1
+        return attend(query, key, value, scale=scale, causal=causal, mask=attention_mask, dropout=dropout), None
+    if attention_mask is not None or query.shape[0] != 1 or query.shape[2] != key.shape[2] or max_length_q is None:
+        raise UserError(
+            "flat attention was called with something that only fits the padded form",
+            found=f"mask={attention_mask is not None}, rows={query.shape[0]}, {query.shape[2]} queries, "
+            f"{key.shape[2]} keys, max_length_q={max_length_q}",
+            expected="one row, no mask, no cache, no sliding window shorter than a sample, and its longest sample",
+            remedy="pass either cu_seqlens or a 2-D attention_mask with a cache, never both",
+        )
+    out = attend_flat(
+        query, key, value, scale=scale, cu_seqlens=cu_seq_lens_q, max_seqlen=int(max_length_q), dropout=dropout
+    )
+    return out, None
+
+
+def _text_mask(
+    *,
+    q_length: int,
+    kv_length: int,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> Tensor | None:
+    """transformers' mask signature: None where plain causality says it all, else a bool mask (B, 1, S, T).
+
+    transformers guesses packing from restarting position ids and would build an S x S mask; the flat form names its
+    borders itself, so that guess is ignored here.
+    """
+    square = q_length == kv_length
+    window = local_size is not None and local_size < kv_length
+    if attention_mask is None and square and not window and not use_vmap:
+        return None
+    return sdpa_mask(
+        q_length=q_length,
+        kv_length=kv_length,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        use_vmap=use_vmap,
+        # With more keys than queries "causal" has two readings (a filled and an empty cache): spell the mask out.
+        allow_is_causal_skip=allow_is_causal_skip and (square or q_length == 1),
+        **kwargs,
+    )
+
+
+def _refuse_unknown_rules(kwargs: dict[str, Any]) -> None:
+    rules = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    if rules:
+        raise UserError(
+            "this language model's attention has rules that are not implemented here", found=", ".join(rules),
+            expected="plain causal attention, as in Llama, Vicuna, Mistral or Qwen2",
+            remedy="choose a language model without them",
+        )
+
+
+def _matmul(
+    query_BHSK: Tensor,
+    key_BhTK: Tensor,
+    value_BhTK: Tensor,
+    scale: float,
+    causal: bool,
+    mask: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    batch, heads, num_queries, width = query_BHSK.shape
+    key_heads, num_keys = key_BhTK.shape[1:3]
+    # The query heads that share a key head become more rows of one product, so that keys are never repeated.
+    query = (query_BHSK * scale).reshape(batch * key_heads, -1, width)
+    scores = torch.bmm(query, key_BhTK.reshape(batch * key_heads, num_keys, width).transpose(1, 2))
+    scores = scores.view(batch, heads, num_queries, num_keys)
+    if causal:
+        mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=scores.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = F.dropout(scores.softmax(-1), dropout, training=dropout > 0)
+    out = torch.bmm(
+        weights.reshape(batch * key_heads, -1, num_keys), value_BhTK.reshape(batch * key_heads, num_keys, width)
+    )
+    return out.view(batch, heads, num_queries, width).transpose(1, 2).contiguous()
+
+
+def _varlen(
+    query_1HSK: Tensor,
+    key_1hSK: Tensor,
+    value_1hSK: Tensor,
+    scale: float,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout: float,
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    if dropout > 0:
+        raise UserError(
+            "the varlen kernel has no attention dropout", found=f"attention_dropout={dropout}",
+            expected="attention_dropout=0", remedy="set attention_dropout to 0 in the language model's config.json",
+        )
+    query, key, value = (x[0].transpose(0, 1) for x in (query_1HSK, key_1hSK, value_1hSK))
+    out = varlen_attn(
+        query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
+        scale=scale, window_size=(-1, 0), enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return cast(Tensor, out).unsqueeze(0)
+
+
+def _rectangle_indices(cu_seqlens: Tensor, max_seqlen: int, positions: int) -> tuple[Tensor, Tensor]:
+    """Where each cell of the (samples, max_seqlen) rectangle comes from, and where each position went; no host sync."""
+    steps = torch.arange(max_seqlen, device=cu_seqlens.device)
+    to_rectangle = (cu_seqlens[:-1, None] + steps).clamp_(max=positions - 1).flatten()
+    where = torch.arange(positions, device=cu_seqlens.device)
+    sample = torch.searchsorted(cu_seqlens[1:], where, right=True)
+    return to_rectangle, sample * max_seqlen + where - cu_seqlens[sample]
+
+
+def _one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast queries and keys arrive in fp32 from the rotary product while values are already half."""
+    device_type = tensors[0].device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        return tuple(x.to(dtype) for x in tensors)
+    return tensors
+
+
+AttentionInterface.register(VISION_ATTENTION, _vision_forward)
+AttentionInterface.register(TEXT_ATTENTION, _text_forward)
+AttentionMaskInterface.register(TEXT_ATTENTION, _text_mask)
