@@ -1,0 +1,98 @@
+"""The command line of evals: every shipped task composes, and every mistake is answered in plain words."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from anchorformer.errors import UserError
+from anchorformer.schema import parse_plugin
+from evals.__main__ import CONF, compose_config, model_folder
+from evals.config import Condition
+from evals.runner import prepare
+from evals.tasks.base import PACKAGE, TaskConfig
+
+COMMON = ["model=m", "data.root=r"]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "eval").glob("*.yaml")))
+def test_every_shipped_task_composes_and_parses(name: str) -> None:
+    own = ["tasks.vqa.source.annotations=mine.json"] if name == "vqa" else []
+    config = compose_config([*COMMON, f"task={name}", *own])
+    task = parse_plugin(TaskConfig, config.tasks[name], PACKAGE, name)
+    assert task.describe()["metric_variant"]
+    assert config.conditions == (Condition.right,)
+
+
+def test_several_tasks_and_a_value_of_one_of_them() -> None:
+    config = compose_config(
+        [*COMMON, "task=[docvqa_val,chartqa_test]", "conditions=[right,none]", "tasks.docvqa_val.max_new_tokens=7"]
+    )
+    assert list(config.tasks) == ["docvqa_val", "chartqa_test"]
+    assert config.tasks["docvqa_val"]["max_new_tokens"] == 7
+    assert config.conditions == (Condition.right, Condition.none)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fragments"),
+    [
+        ([], ["3 value(s) are missing", "model=", "task=", "data.root="]),
+        (["task=docvqa_vla"], ["no task 'docvqa_vla'", "'docvqa_val'?"]),
+        (["modle=m", "task=docvqa_val"], ["unknown key 'modle'", "'model'?"]),
+        ([*COMMON, "task=docvqa_val", "+limt=3"], ["unknown key 'limt'", "'limit'?"]),
+        ([*COMMON, "task=docvqa_val", "batch_size=many"], ["batch_size='many'", "integer"]),
+        ([*COMMON, "task=docvqa_val", "batch_size=0"], ["batch_size is too small"]),
+        ([*COMMON, "task=docvqa_val", "conditions=[left]"], ["conditions", "'left'"]),
+        ([*COMMON, "task=vqa"], ["tasks.vqa.source.annotations=???"]),
+        (["model"], ["cannot be read", "model"]),
+    ],
+)
+def test_a_mistake_names_what_was_found_and_expected(overrides: list[str], fragments: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        compose_config(overrides)
+    assert all(fragment in str(caught.value) for fragment in fragments), str(caught.value)
+
+
+def test_an_unknown_value_of_a_task_is_refused_before_anything_is_opened(tmp_path: Path) -> None:
+    config = compose_config(["model=m", f"data.root={tmp_path}", "task=docvqa_val", "tasks.docvqa_val.max_new_token=7"])
+    with pytest.raises(UserError, match="unknown key 'max_new_token'"):
+        prepare(config)
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    config = compose_config(["model=m", f"data.root={tmp_path}", "task=docvqa_val", f"data.cache_dir={tmp_path}"])
+    with pytest.raises(UserError, match="val_v1"):
+        prepare(config)
+
+
+def test_the_model_of_a_run_or_the_folder_itself(tmp_path: Path) -> None:
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    with pytest.raises(UserError, match="no model in"):
+        model_folder(str(tmp_path / "run"))
+    (tmp_path / "run" / "model" / "config.json").write_text("{}")
+    assert model_folder(str(tmp_path / "run")) == tmp_path / "run" / "model"
+    assert model_folder(str(tmp_path / "run" / "model")) == tmp_path / "run" / "model"
+    with pytest.raises(UserError, match="no such folder"):
+        model_folder(str(tmp_path / "absent"))
+
+
+def test_a_refused_command_has_loaded_neither_torch_nor_weights() -> None:
+    script = (
+        "import sys, json; from evals.__main__ import compose_config\n"
+        f"compose_config({json.dumps([*COMMON, 'task=docvqa_val'])})\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], cwd=CONF.parent, check=False).returncode == 0
+
+
+def test_a_user_mistake_leaves_with_2_and_no_traceback() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "evals", "task=docvqa_vla"], cwd=CONF.parent, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert all(word in done.stderr for word in ("found:", "expected:", "remedy:"))
