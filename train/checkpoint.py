@@ -34,13 +34,11 @@ class TrainerState:
     Attributes:
         step: optimizer steps taken.
         loader: the sampler's position.
-        skipped: samples lost so far.
         config: hash of everything in the configuration that the numbers depend on.
     """
 
     step: int
     loader: dict[str, Any]
-    skipped: int
     config: str
 
 
@@ -87,12 +85,11 @@ def save(root: Path, engine: Engine, world: World, state: TrainerState, frozen: 
     return root / name
 
 
-def restore(folder: Path, engine: Engine, world: World, config: RunConfig) -> TrainerState:
-    """Loads a complete checkpoint and proves that every parameter has the bits it was saved with.
+def read_state(folder: Path, world: World, config: RunConfig) -> TrainerState:
+    """Where a complete checkpoint stands, before anything heavy is loaded.
 
     Raises:
-        UserError: written under another configuration or number of ranks, or the loaded weights are not the saved ones
-            (for frozen parameters: the run's start folder has changed).
+        UserError: it was written under another configuration or number of ranks.
     """
     raw = json.loads((folder / TRAINER).read_text())
     size = raw.pop("world_size")
@@ -108,6 +105,15 @@ def restore(folder: Path, engine: Engine, world: World, config: RunConfig) -> Tr
             expected=f"configuration {numbers_digest(config)[:12]}",
             remedy="resume with the configuration of the run, or start a new run with init_from",
         )  # fmt: skip
+    return state
+
+
+def restore(folder: Path, engine: Engine, world: World) -> None:
+    """Loads a complete checkpoint and proves that every parameter has the bits it was saved with.
+
+    Raises:
+        UserError: the loaded weights are not the saved ones (frozen parameters: the run's start folder has changed).
+    """
     engine.load(folder)
     saved = json.loads((folder / f"rank_{world.rank}.json").read_text())["fingerprints"]
     loaded = fingerprint(engine.values())
@@ -118,7 +124,6 @@ def restore(folder: Path, engine: Engine, world: World, config: RunConfig) -> Tr
             found=f"{len(wrong)} differing parameters, among them {', '.join(wrong[:3])}",
             expected="the same bits", remedy="restore the run's start folder as it was when the run began",
         )  # fmt: skip
-    return state
 
 
 def find(root: Path, resume: str, world: World) -> Path | None:

@@ -1,4 +1,4 @@
-"""When a run must stop: numbers that cannot be trained on, frozen weights that moved, too many samples lost."""
+"""When a run must stop: numbers that cannot be trained on, frozen weights that moved, trained ones that did not."""
 
 from __future__ import annotations
 
@@ -43,28 +43,6 @@ def check_numbers(step: int, loss: float, norms: dict[Part, float], facts: StepF
 
 def _halt(what: str, facts: StepFacts, expected: str, remedy: str) -> TrainingHalted:
     return TrainingHalted(what, found=f"samples {', '.join(facts.sample_ids)}", expected=expected, remedy=remedy)
-
-
-class SkipGuard:
-    """Counts samples lost to unreadable images against the share the user allows of the whole run."""
-
-    def __init__(self, max_share: float, total_samples: int) -> None:
-        self.limit = max_share * total_samples
-        self.max_share = max_share
-        self.skipped = 0
-
-    def count(self, facts: StepFacts) -> None:
-        """
-        Raises:
-            TrainingHalted: more samples were skipped than `data.max_dropped_share` of the run's.
-        """
-        self.skipped += facts.skipped
-        if self.skipped > self.limit:
-            raise TrainingHalted(
-                "too many samples were skipped", found=f"{self.skipped} unreadable images so far",
-                expected=f"at most {self.limit:.0f} ({self.max_share:.1%} of the run)",
-                remedy="find them with `python -m data scan`, or raise data.max_dropped_share",
-            )  # fmt: skip
 
 
 class FrozenGuard:

@@ -59,14 +59,16 @@ def run_rank(config: RunConfig, folder: RunFolder, world: World) -> None:
     processor = AutoProcessor.from_pretrained(start, local_files_only=True)
 
     position = checkpoint.find(folder.state, config.resume, world)
-    loader = Loader(config, processor, world.rank, world.size)
+    resumed = checkpoint.read_state(position, world, config) if position else None
+    loader = Loader(
+        config, processor, world.rank, world.size,
+        state=resumed.loader if resumed else None, pin_memory=world.device.type == "cuda",
+    )  # fmt: skip
     engine = build_engine(model, config, world, loader.total_steps, dtype)
     log.info("stage %s on %d rank(s), %s\n%s", config.stage.name.value, world.size, world.device,
              render(table(engine.model, config.stage)))  # fmt: skip
-    resumed = None
-    if position is not None:
-        resumed = checkpoint.restore(position, engine, world, config)
-        loader.load_state_dict(resumed.loader)
+    if position and resumed:
+        checkpoint.restore(position, engine, world)
         log.info("resumed from %s after step %d", position, resumed.step)
     train(Run(config, folder, world, engine, loader, loader.total_steps, resumed))
 

@@ -22,7 +22,7 @@ from train.distributed import World
 from train.engine import Engine
 from train.engine.base import total_norm
 from train.folder import RunFolder, write_atomically
-from train.guards import FrozenGuard, SkipGuard, check_numbers
+from train.guards import FrozenGuard, check_numbers
 from train.metrics import Console, MetricsFile, gather_facts, step_record, time_record
 
 log = logging.getLogger(__name__)
@@ -59,13 +59,11 @@ def train(run: Run) -> None:
     """Runs the stage to its end and leaves the trained model in `<run>/model`.
 
     Raises:
-        TrainingHalted: numbers that cannot be trained on, or too many samples lost; on all ranks together.
+        TrainingHalted: numbers that cannot be trained on; on all ranks together.
     """
     config, engine, world = run.config, run.engine, run.world
     first = run.resumed.step if run.resumed else 0
     frozen = FrozenGuard(engine, world)
-    skips = SkipGuard(config.data.max_dropped_share, run.total_steps * config.stage.global_batch)
-    skips.skipped = run.resumed.skipped if run.resumed else 0
     metrics = MetricsFile(run.folder.metrics, first) if world.is_main else None
     console = Console(run.total_steps, first)
     batches_of_steps = iter(run.steps)
@@ -80,7 +78,6 @@ def train(run: Run) -> None:
         (loss,) = world.sum([engine.accumulate(batches, facts.supervised)])
         norms, lrs = engine.part_grad_norms(), engine.lrs
         check_numbers(step, loss, norms, facts)
-        skips.count(facts)
         engine.step()
         frozen.observe(facts)
 
@@ -93,7 +90,7 @@ def train(run: Run) -> None:
             if is_logged:
                 console.show(record)
         if _is_save_due(config, step, run.total_steps):
-            state = TrainerState(step, run.steps.state_dict(), skips.skipped, checkpoint.numbers_digest(config))
+            state = TrainerState(step, run.steps.state_dict(), checkpoint.numbers_digest(config))
             saved = checkpoint.save(run.folder.state, engine, world, state, frozen.frozen, config.checkpoint.keep)
             log.info("saved %s", saved)
 

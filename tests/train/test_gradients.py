@@ -1,0 +1,113 @@
+"""However eight samples are dealt to ranks, micro-batches and accumulation, loss and gradients are the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.train.cases import EVERYTHING, FINETUNE, batches_for, load_frozen, run_config
+from tests.train.ranks import Ranks
+from train.distributed import World, alone
+from train.engine import build_engine, loading
+
+TOLERANCE = 1e-6
+"""Of the largest gradient: sums of fp32 numbers in another order differ by about their rounding, 1.2e-7 each."""
+
+DEALS: dict[str, list[list[list[int]]]] = {
+    "1x8x1": [[[0, 1, 2, 3, 4, 5, 6, 7]]],
+    "one by one": [[[0], [1], [2], [3], [4], [5], [6], [7]]],
+    "2x2x2": [[[0, 1], [2, 3]], [[4, 5], [6, 7]]],
+    "2x1x4": [[[0], [1], [2], [3]], [[4], [5], [6], [7]]],
+    "text-only rank": [[[0, 1, 2], [6, 7]], [[3, 4], [5]]],
+    "three against two": [[[0], [1, 2], [6, 7]], [[3, 4], [5], []]],
+    "rank without targets": [[[0, 1, 2, 3, 4, 5, 6], []], [[7], []]],
+}  # fmt: skip
+"""Rank by rank, micro-batch by micro-batch."""
+
+
+def gradients(world: World, folder: str, deal: list[list[list[int]]], trains: dict[str, Any], zero: int) -> Any:
+    """Loss, part norms, and on rank 0 every whole gradient of one accumulated step under DeepSpeed."""
+    from deepspeed.utils import safe_get_full_grad
+
+    config = run_config(
+        trains, engine="deepspeed", zero__stage=zero, zero__bucket_size=100_000,
+        hardware__ranks=world.size, hardware__micro_batch=1,
+    )  # fmt: skip
+    with loading(config, world, torch.float32):
+        model = load_frozen(Path(folder), config)
+    engine = build_engine(model, config, world, total_steps=4, dtype=torch.float32)
+    batches = batches_for(engine.model, deal[world.rank])
+    (total,) = world.sum([float(sum(batch.num_supervised for batch in batches))])
+    (loss,) = world.sum([engine.accumulate(batches, int(total))])
+    norms = engine.part_grad_norms()
+    found = {}
+    for name, parameter in engine.model.named_parameters():
+        if parameter.requires_grad:
+            found[name] = safe_get_full_grad(parameter).clone()
+    engine.step()
+    return loss, norms, found if world.is_main else None
+
+
+@pytest.fixture(scope="module")
+def yardsticks(tiny_folder: Path) -> dict[str, Any]:
+    return {name: plain_gradients(tiny_folder, DEALS["1x8x1"], trains) for name, trains in TRAINS.items()}
+
+
+TRAINS = {"finetune": FINETUNE, "everything": EVERYTHING, "align": {"connector": FINETUNE["connector"]}}
+
+
+def plain_gradients(folder: Path, deal: list[list[list[int]]], trains: dict[str, Any]) -> Any:
+    """The same from the plain engine."""
+    config = run_config(trains)
+    model = load_frozen(folder, config)
+    engine = build_engine(model, config, alone(), total_steps=4, dtype=torch.float32)
+    batches = batches_for(model, deal[0])
+    loss = engine.accumulate(batches, sum(batch.num_supervised for batch in batches))
+    found = {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+    return loss, engine.part_grad_norms(), found
+
+
+def assert_same(found: Any, yardstick: Any) -> None:
+    loss, norms, gradients_ = found
+    assert loss == pytest.approx(yardstick[0], rel=TOLERANCE)
+    assert norms == pytest.approx(yardstick[1], rel=1e-5)
+    assert gradients_.keys() == yardstick[2].keys()
+    largest = max(float(value.abs().max()) for value in yardstick[2].values())
+    worst = {name: float((value - yardstick[2][name]).abs().max()) / largest for name, value in gradients_.items()}
+    name = max(worst, key=lambda key: worst[key])
+    assert worst[name] <= TOLERANCE, f"{name} differs by {worst[name]:.2e} of the largest gradient"
+
+
+@pytest.mark.parametrize("stage", TRAINS)
+def test_packed_and_one_by_one_agree(tiny_folder: Path, yardsticks: dict[str, Any], stage: str) -> None:
+    assert_same(plain_gradients(tiny_folder, DEALS["one by one"], TRAINS[stage]), yardsticks[stage])
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("deal", [name for name, ranks in DEALS.items() if len(ranks) == 2])
+def test_two_ranks_agree_with_one(
+    pair: Ranks, tiny_folder: Path, yardsticks: dict[str, Any], deal: str, zero: int
+) -> None:
+    results = pair.run(gradients, folder=str(tiny_folder), deal=DEALS[deal], trains=FINETUNE, zero=zero)
+    assert_same(results[0], yardsticks["finetune"])
+    assert results[0][:2] == results[1][:2], "ranks must agree to the bit on what they log and decide by"
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", ["align", "everything"])
+def test_other_stages_agree(
+    pair: Ranks, tiny_folder: Path, yardsticks: dict[str, Any], stage: str, zero: int
+) -> None:
+    deal = DEALS["three against two"]
+    results = pair.run(gradients, folder=str(tiny_folder), deal=deal, trains=TRAINS[stage], zero=zero)
+    assert_same(results[0], yardsticks[stage])
+
+
+def test_a_step_without_targets_is_zero(tiny_folder: Path) -> None:
+    loss, norms, found = plain_gradients(tiny_folder, [[[7]]], FINETUNE)
+    assert loss == 0.0
+    assert set(norms.values()) == {0.0}
+    assert all(torch.count_nonzero(value) == 0 for value in found.values())
