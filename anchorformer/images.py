@@ -1,0 +1,132 @@
+"""From a file to the tiles a vision tower reads: opening an image safely, padding it to a square, resizing it."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from anchorformer.errors import UserError
+
+MAX_PIXELS = 2**27
+"""Largest padded square that is built (a side of 11,585 pixels, 400 MB while it is being resized)."""
+
+# Only raster formats decoded inside this process: Pillow would hand EPS to an external interpreter.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO")
+
+# What Pillow's decoders raise on broken files, besides its own errors (which are OSErrors).
+_DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error)
+
+
+def open_image(source: Path | bytes, *, name: str | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Opens and decodes one image; its size is checked from the header, before anything is decoded.
+
+    Args:
+        source: a file, or the encoded bytes of one.
+        name: how messages call the image; the path where none is given.
+        max_pixels: most pixels of the square that the image is padded to.
+
+    Raises:
+        UserError: no such file, empty, not an image, broken off, or larger than `max_pixels`.
+    """
+    name = name or (str(source) if isinstance(source, Path) else "an image given as bytes")
+    try:
+        content = source.read_bytes() if isinstance(source, Path) else source
+    except OSError as error:
+        raise UserError(
+            f"{name}: cannot be read", found=error.strerror or str(error), expected="an image file",
+            remedy="check the path and data.root; `python -m data scan` lists all missing images",
+        ) from None  # fmt: skip
+    if not content:
+        raise UserError(
+            f"{name}: the file is empty", found="0 bytes", expected=f"an image ({', '.join(FORMATS)})",
+            remedy="fetch the file again",
+        )  # fmt: skip
+    try:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        _check_size(image.size, name, max_pixels)
+        image.load()
+    except Image.DecompressionBombError as error:
+        raise _too_large(name, str(error), max_pixels) from None
+    except _DECODING_ERRORS as error:
+        raise UserError(
+            f"{name}: cannot be decoded", found=f"{len(content)} bytes: {type(error).__name__}: {error}",
+            expected=f"a complete image ({', '.join(FORMATS)})",
+            remedy="fetch the file again, or leave such samples out with data.on_bad_image=skip",
+        ) from None  # fmt: skip
+    return image
+
+
+def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
+    # The square counts, not the image: a strip of 100,000 x 1 pixels is small on disk and in memory, its square is not.
+    if max(size) ** 2 > max_pixels:
+        raise _too_large(name, f"{size[0]} x {size[1]} pixels", max_pixels)
+
+
+def _too_large(name: str, found: str, max_pixels: int) -> UserError:
+    return UserError(
+        f"{name}: the image is too large", found=found, expected=f"no side above {int(max_pixels**0.5)} pixels",
+        remedy="shrink the image, or leave such samples out with data.on_bad_image=skip",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class ImageTransform:
+    """The padded-square transform of LLaVA 1.5: alpha dropped, centred on a square of one colour, bicubic resize.
+
+    Pillow does the resizing wherever this runs: torchvision's bicubic differs from it by one or two of 255, so that a
+    model would see other images in training than in evaluation on a machine with other packages.
+
+    Attributes:
+        image_size: side of the result, in pixels.
+        fill_rgb: colour of the padding.
+    """
+
+    image_size: int
+    fill_rgb: tuple[int, int, int]
+
+    @classmethod
+    def for_statistics(cls, image_size: int, mean: Sequence[float]) -> ImageTransform:
+        """Padding in the mean colour of the vision tower's training images, rounded down as published."""
+        red, green, blue = (int(255 * channel) for channel in mean)
+        return cls(image_size, (red, green, blue))
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Returns uint8 (3, image_size, image_size); the model normalises it on its own device.
+
+        Raises:
+            UserError: the image or its square is larger than MAX_PIXELS.
+        """
+        _check_size(image.size, getattr(image, "filename", "") or "an image", MAX_PIXELS)
+        rgb = image.convert("RGB")
+        width, height = rgb.size
+        side = max(width, height)
+        if width != height:
+            square = Image.new("RGB", (side, side), self.fill_rgb)
+            square.paste(rgb, ((side - width) // 2, (side - height) // 2))
+            rgb = square
+        if side != self.image_size:
+            rgb = rgb.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
+
+    def tiles(self, images: Sequence[Image.Image]) -> Tensor:
+        """The images of one record, in order, as uint8 (B, 3, image_size, image_size); B may be 0."""
+        if not images:
+            return torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8)
+        return torch.stack([self(image) for image in images])
+
+
+def normalise(tiles_B3HW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Turns uint8 tiles into what the vision tower was trained on, float32: (x / 255 - mean) / std per channel."""
+    mean_311, std_311 = (
+        torch.tensor(values, dtype=torch.float32, device=tiles_B3HW.device)[:, None, None] for values in (mean, std)
+    )
+    return (tiles_B3HW.float() / 255 - mean_311) / std_311

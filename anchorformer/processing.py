@@ -1,0 +1,316 @@
+"""The one object that turns conversations and images into model input, in training, evaluation and export alike."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+
+from anchorformer.configuration import AnchorFormerConfig
+from anchorformer.contracts import IGNORE_INDEX, Example
+from anchorformer.errors import UserError
+from anchorformer.images import ImageTransform
+from anchorformer.templates import PLACEHOLDER, Picture, Segment, Special, Text, make_template, read_turns
+from anchorformer.tokenization import SENTENCEPIECE_FILE, After, SentencePieceEncoder, choose_encoder
+
+log = logging.getLogger(__name__)
+
+IMAGE_TOKEN = PLACEHOLDER
+"""Name under which the image token is added to a tokenizer."""
+
+Turns = Sequence[tuple[str, str]]
+"""(role, text) in order; roles are `system` (first, optional), `user` and `assistant`."""
+
+_OVERLENGTH = ("error", "drop", "truncate_answer")
+
+
+class Measure(NamedTuple):
+    """What a sample costs, before its images are opened."""
+
+    length: int
+    """Positions, image tokens counted."""
+    num_supervised: int
+
+
+class AnchorFormerProcessor(ProcessorMixin):
+    """Conversation template, tokenizer, placeholder expansion, labels and image transform behind one door.
+
+    Ids and labels are made in one pass, segment by segment, so they cannot disagree. A sample is padded by its length,
+    never by looking for the padding id, which may be a token that also occurs in text.
+
+    Args:
+        image_transform: image to uint8 tile.
+        tokenizer: of the language model; gets `image_token` as a special token where it has none.
+        num_image_tokens: embeddings per tile, the model's `config.num_image_tokens`.
+        image_token: name of the image token in the tokenizer.
+        template: `plain`, `v1` or `chat`.
+
+    Raises:
+        UserError: the template does not fit the tokenizer, or the tokenizer's files do not fit each other.
+    """
+
+    def __init__(
+        self,
+        image_transform: ImageTransform,
+        tokenizer: PreTrainedTokenizerBase,
+        num_image_tokens: int = 1,
+        image_token: str = IMAGE_TOKEN,
+        template: str = "v1",
+        chat_template: str | None = None,
+    ) -> None:
+        # ProcessorMixin's own constructor only sorts attributes that transformers knows how to load; ours are set here.
+        self.tokenizer, self.image_transform, self.chat_template = tokenizer, image_transform, chat_template
+        self.num_image_tokens, self.image_token = num_image_tokens, image_token
+        if image_token not in tokenizer.get_vocab():
+            tokenizer.add_tokens([image_token], special_tokens=True)
+        self.image_token_id: int = tokenizer.convert_tokens_to_ids(image_token)
+        self.encoder, reason = choose_encoder(tokenizer, image_token)
+        log.info("text is encoded by: %s", reason)
+        self._set_template(template)
+
+    def _set_template(self, name: str) -> None:
+        self._template = make_template(name, self.tokenizer, tuple(self.encoder.specials))
+        self.template = name
+
+    def with_template(self, name: str) -> AnchorFormerProcessor:
+        """The same processor with another conversation template (each stage names its own).
+
+        Raises:
+            UserError: no such template, or it does not fit the tokenizer.
+        """
+        other = copy.copy(self)
+        other._set_template(name)
+        return other
+
+    @property
+    def stop(self) -> str:
+        """What ends an answer under this template; supervised with it."""
+        return self._template.stop
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """Tokens at which generation ends: the last one of the template's stop, and the tokenizer's EOS."""
+        eos = self.tokenizer.eos_token_id
+        stop = self.encoder.encode(self.stop, After.text)[-1]
+        return [stop] if eos in (None, stop) else [stop, eos]
+
+    def encode(
+        self, turns: Turns, images: Sequence[Image.Image], *, sample_id: str, max_length: int | None = None,
+        overlength: str = "error",
+    ) -> Example:  # fmt: skip
+        """One training sample.
+
+        Args:
+            images: opened, in the order of the placeholders in the users' turns.
+            sample_id: names the sample in messages.
+            max_length: most positions, image tokens counted.
+            overlength: beyond `max_length`, `truncate_answer` cuts the end of the sample; `error` and `drop` raise
+                (dropping is planned with `measure`, before any sample is encoded).
+
+        Raises:
+            UserError: turns that do not alternate, placeholders and images that do not match, or a sample longer than
+                `max_length` that may not be cut, or cannot be without losing image tokens or its last target.
+        """
+        ids, labels = self._write(turns, len(images), sample_id)
+        kept = self._kept_length(ids, labels, max_length, overlength)
+        if max_length is not None and kept > max_length:
+            supervised = sum(label != IGNORE_INDEX for label in labels)
+            raise UserError(
+                f"{sample_id}: the sample is too long",
+                found=f"{len(ids)} positions ({len(images) * self.num_image_tokens} of them image tokens, {supervised} "
+                f"supervised) with overlength={overlength}",
+                expected=f"at most {max_length}"
+                + (" with every image token and at least one target" if overlength == "truncate_answer" else ""),
+                remedy="raise data.max_length, or set data.overlength to drop or truncate_answer",
+            )
+        return Example(
+            sample_id=sample_id,
+            input_ids_S=torch.tensor(ids[:kept], dtype=torch.int64),
+            labels_S=torch.tensor(labels[:kept], dtype=torch.int64),
+            tiles_B3HW=self.image_transform.tiles(images),
+        )
+
+    def measure(
+        self, turns: Turns, num_images: int, *, sample_id: str = "record", max_length: int | None = None,
+        overlength: str = "error",
+    ) -> Measure:  # fmt: skip
+        """Length and number of targets that `encode` would give, without pixels, for planning.
+
+        With `overlength=truncate_answer` the figures are those after the cut. A sample that `encode` would refuse as
+        too long keeps its full length, so that `length > max_length` tells it apart whatever the rule.
+
+        Raises:
+            UserError: as `encode`, except for length.
+        """
+        ids, labels = self._write(turns, num_images, sample_id)
+        kept = self._kept_length(ids, labels, max_length, overlength)
+        return Measure(kept, sum(label != IGNORE_INDEX for label in labels[:kept]))
+
+    def prompt(self, turns: Turns, images: Sequence[Image.Image], *, sample_id: str = "prompt") -> Tensor:
+        """Ids (S,) up to and including the generation prompt; training ids are these and the answer's.
+
+        Raises:
+            UserError: the last turn is not the user's, and as `encode`.
+        """
+        dialogue = read_turns(turns, len(images), sample_id)
+        if dialogue.exchanges[-1].answer is not None:
+            raise UserError(
+                f"{sample_id}: nothing is asked", found="a conversation that ends with an answer",
+                expected="a user's turn at the end", remedy="leave the reference answer out of the prompt",
+            )  # fmt: skip
+        ids, _ = self._to_ids(self._template.segments(dialogue, generate=True))
+        return torch.tensor(ids, dtype=torch.int64)
+
+    def pad(self, rows: Sequence[Tensor], *, side: str = "left") -> BatchFeature:
+        """Rows of ids (S,) as `input_ids` and `attention_mask` (rows, longest), int64; left for generation."""
+        token = self.tokenizer.pad_token_id
+        token = (self.tokenizer.eos_token_id or 0) if token is None else token
+        masks = [torch.ones_like(row) for row in rows]
+        pad = torch.nn.utils.rnn.pad_sequence
+        return BatchFeature(
+            {
+                "input_ids": pad(list(rows), batch_first=True, padding_value=token, padding_side=side),
+                "attention_mask": pad(masks, batch_first=True, padding_value=0, padding_side=side),
+            }
+        )
+
+    def __call__(
+        self,
+        images: Image.Image | Sequence[Image.Image] | Sequence[Sequence[Image.Image]] | None = None,
+        text: str | Sequence[str] | None = None,
+        *,
+        conversations: Sequence[Turns] | None = None,
+        padding_side: str = "left",
+        return_tensors: str = "pt",
+    ) -> BatchFeature:
+        """The padded form that `generate` reads.
+
+        Args:
+            images: in the order of the placeholders over all samples, or one list per sample.
+            text: prompts that are already written out; BOS is put in front, placeholders stay where they stand.
+            conversations: instead of `text`, turns that the template writes down, with the generation prompt.
+            return_tensors: "pt" is the only one.
+
+        Returns:
+            input_ids, attention_mask (int64, rows x longest); pixel_values (uint8, B x 3 x size x size, normalised by
+            the model) where there are images.
+
+        Raises:
+            UserError: neither or both of `text` and `conversations`, images that do not match the placeholders.
+        """
+        if (text is None) == (conversations is None) or return_tensors != "pt":
+            raise UserError(
+                "the processor was called without knowing what to write",
+                found=f"text={text is not None}, conversations={conversations is not None}, {return_tensors=}",
+                expected="exactly one of text and conversations, return_tensors='pt'", remedy="name one of them",
+            )  # fmt: skip
+        texts = [text] if isinstance(text, str) else text
+        marked = texts or ["".join(said for role, said in turns if role == "user") for turns in conversations or ()]
+        per_sample = _deal(images, [sample.count(PLACEHOLDER) for sample in marked])
+        if texts is not None:
+            rows = [self._written_out(sample, len(own)) for sample, own in zip(texts, per_sample, strict=True)]
+        else:
+            rows = [self.prompt(turns, own) for turns, own in zip(conversations or (), per_sample, strict=True)]
+        batch = self.pad(rows, side=padding_side)
+        flat = [image for own in per_sample for image in own]
+        if flat:
+            batch["pixel_values"] = self.image_transform.tiles(flat)
+        return batch
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "pixel_values"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What processor_config.json holds; the tokenizer has files of its own."""
+        transform = self.image_transform
+        return {
+            "processor_class": type(self).__name__,
+            "image_size": transform.image_size,
+            "fill_rgb": list(transform.fill_rgb),
+            "num_image_tokens": self.num_image_tokens,
+            "image_token": self.image_token,
+            "template": self.template,
+        }
+
+    @classmethod
+    def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> AnchorFormerProcessor:
+        """What transformers calls with the loaded tokenizer and processor_config.json; keywords replace its values."""
+        values = {**processor_dict, **kwargs}
+        transform = ImageTransform(values["image_size"], tuple(values["fill_rgb"]))
+        names = ("num_image_tokens", "image_token", "template")
+        return cls(transform, *args, **{name: values[name] for name in names})
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """Writes processor_config.json and the tokenizer, with the SentencePiece model that transformers leaves out."""
+        files = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        if isinstance(self.encoder, SentencePieceEncoder):
+            (Path(save_directory) / SENTENCEPIECE_FILE).write_bytes(self.encoder.model)
+        return files
+
+    def _write(self, turns: Turns, num_images: int, sample_id: str) -> tuple[list[int], list[int]]:
+        return self._to_ids(self._template.segments(read_turns(turns, num_images, sample_id), generate=False))
+
+    def _written_out(self, text: str, num_images: int) -> Tensor:
+        bos = self.tokenizer.bos_token_id
+        segments: list[Segment] = [] if bos is None else [Special(bos)]
+        for index, piece in enumerate(text.split(PLACEHOLDER) if num_images else [text]):
+            segments += [Picture()] * (index > 0) + [Text(piece, After.nothing)]
+        return torch.tensor(self._to_ids(segments)[0], dtype=torch.int64)
+
+    def _to_ids(self, segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
+        ids: list[int] = []
+        labels: list[int] = []
+        for segment in segments:
+            match segment:
+                case Text(text, after, supervised):
+                    new = self.encoder.encode(text, after)
+                case Special(index, supervised):
+                    new = [index]
+                case Picture():
+                    new, supervised = [self.image_token_id] * self.num_image_tokens, False
+            ids += new
+            labels += new if supervised else [IGNORE_INDEX] * len(new)
+        return ids, labels
+
+    def _kept_length(self, ids: list[int], labels: list[int], max_length: int | None, overlength: str) -> int:
+        """Positions that stay; all of them where a cut is not allowed or would take image tokens or every target."""
+        if overlength not in _OVERLENGTH:
+            raise UserError(
+                "no such rule for over-length samples", found=overlength, expected=", ".join(_OVERLENGTH),
+                remedy="set data.overlength",
+            )  # fmt: skip
+        if max_length is None or len(ids) <= max_length or overlength != "truncate_answer":
+            return len(ids)
+        cuts_image = self.image_token_id in ids[max_length:]
+        has_target = any(label != IGNORE_INDEX for label in labels[:max_length])
+        return len(ids) if cuts_image or not has_target else max_length
+
+
+def _deal(images: Any, counts: list[int]) -> list[list[Image.Image]]:
+    """Images per sample: as given where they are nested, otherwise in order of the placeholders."""
+    if images is None:
+        return [[] for _ in counts]
+    given: list[Any] = [images] if isinstance(images, Image.Image) else list(images)
+    if given and not isinstance(given[0], Image.Image):
+        if len(given) != len(counts):
+            raise _mismatch(f"{len(given)} lists of images for {len(counts)} samples", "one list per sample")
+        return [list(own) for own in given]
+    if len(given) != sum(counts):
+        raise _mismatch(f"{sum(counts)} {PLACEHOLDER} and {len(given)} image(s)", "as many of one as of the other")
+    remaining = iter(given)
+    return [[next(remaining) for _ in range(count)] for count in counts]
+
+
+def _mismatch(found: str, expected: str) -> UserError:
+    return UserError("placeholders and images do not match", found=found, expected=expected, remedy="pass every image")
+
+
+AutoProcessor.register(AnchorFormerConfig, AnchorFormerProcessor)
