@@ -23,6 +23,10 @@ class Source(Protocol):
 
     def __getitem__(self, index: int) -> Record: ...
 
+    def record_id(self, index: int) -> str:
+        """The id of that record, without reading the rest."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig(Schema):

@@ -1,4 +1,4 @@
-"""LLaVA's conversation JSON, as LLaVA-558k and LLaVA-665k are published (github.com/haotian-liu/LLaVA, docs/Data.md)."""
+"""LLaVA's conversation JSON, as LLaVA-558k and LLaVA-665k are published (haotian-liu/LLaVA, docs/Data.md)."""
 
 from __future__ import annotations
 

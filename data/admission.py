@@ -1,0 +1,113 @@
+"""Which records are trained on: what is too long, has nothing to learn from, or cannot be encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from anchorformer.errors import UserError
+from data.config import Overlength
+from data.encoder import Encoder, turns_of
+from data.lengths import UNUSABLE, Lengths
+from data.sources.base import Source
+
+NAMED = 5
+"""How many records an error names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """What is left of one source, and why the rest is not.
+
+    Attributes:
+        kept: int64 record numbers, ascending.
+        tokens: int32 positions of each kept record, after the over-length rule.
+        too_long: record numbers left out because they exceed the longest length (and, under `truncate_answer`, cannot
+            be shortened without cutting an anchor or every target).
+        without_targets: record numbers left out because no token of them is supervised.
+    """
+
+    kept: np.ndarray
+    tokens: np.ndarray
+    too_long: np.ndarray
+    without_targets: np.ndarray
+
+
+def admit(
+    source: Source, lengths: Lengths, encoder: Encoder, max_length: int, overlength: Overlength
+) -> Admission:
+    """Applies the over-length rule to one source.
+
+    Raises:
+        UserError: a record that the processor refuses, or (`overlength=error`) one that is too long; named by id.
+    """
+    tokens = np.array(lengths.tokens)
+    for index in np.flatnonzero(tokens == UNUSABLE)[:1]:
+        explain(source, encoder, int(index))
+    without_targets = np.flatnonzero(lengths.supervised == 0)
+    long = np.flatnonzero((tokens > max_length) & (lengths.supervised > 0))
+    if len(long) and overlength is Overlength.error:
+        shown = ", ".join(f"{source.name}/{source[int(i)].id} ({tokens[i]})" for i in long[:NAMED])
+        raise UserError(
+            f"{len(long)} record(s) of {source.name} are longer than data.max_length",
+            found=f"{shown}{', ...' if len(long) > NAMED else ''} positions, anchors counted",
+            expected=f"at most {max_length}",
+            remedy="raise data.max_length, or choose data.overlength=drop or truncate_answer",
+        )
+    if overlength is Overlength.truncate_answer:
+        shortened = {int(index): _shortened(source, encoder, int(index), max_length) for index in long}
+        for index, length in shortened.items():
+            tokens[index] = length or tokens[index]
+        long = np.array([index for index, length in shortened.items() if length is None], np.int64)
+    kept = np.setdiff1d(np.arange(len(tokens)), np.concatenate([long, without_targets]), assume_unique=True)
+    return Admission(kept, tokens[kept], long, without_targets)
+
+
+def check_share(sources: Sequence[Source], admissions: Sequence[Admission], ceiling: float) -> None:
+    """Refuses a mixture of which too much is left out.
+
+    Raises:
+        UserError: with the counts by source and reason, and a few ids.
+    """
+    total = sum(len(source) for source in sources)
+    reasons = []
+    dropped = 0
+    for source, admission in zip(sources, admissions, strict=True):
+        for reason, indices in (("too long", admission.too_long), ("without targets", admission.without_targets)):
+            if len(indices):
+                dropped += len(indices)
+                shown = ", ".join(source[int(index)].id for index in indices[:NAMED])
+                reasons.append(f"{source.name}: {len(indices)} {reason} ({shown}{', ...' * (len(indices) > NAMED)})")
+    if dropped > ceiling * total or dropped == total:
+        raise UserError(
+            "too many records would be left out", found=f"{dropped} of {total}; " + "; ".join(reasons),
+            expected=f"a share of at most {ceiling} (data.max_dropped_share)",
+            remedy="look at them with `python -m data scan`; raise data.max_length or the share, or mend the data",
+        )
+
+
+def explain(source: Source, encoder: Encoder, index: int) -> None:
+    """Encodes a record again that was counted as unusable, for the reason.
+
+    Raises:
+        UserError: the processor's, with the record's id.
+    """
+    record = source[index]
+    try:
+        encoder.measure(turns_of(record), len(record.images))
+    except UserError as error:
+        raise UserError(
+            f"{source.name}/{record.id}: {error.what}", found=error.found, expected=error.expected,
+            remedy=f"{error.remedy}; `python -m data scan` lists all such records",
+        ) from None
+
+
+def _shortened(source: Source, encoder: Encoder, index: int, max_length: int) -> int | None:
+    """Length after the end of the answer is cut, or None where nothing to learn or not every anchor would be left."""
+    record = source[index]
+    length, supervised = encoder.measure(
+        turns_of(record), len(record.images), max_length=max_length, overlength=Overlength.truncate_answer.value
+    )
+    return length if length <= max_length and supervised else None

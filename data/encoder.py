@@ -1,0 +1,58 @@
+"""What the data room asks of a processor, and the hash of everything in one that decides ids and labels."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+
+from anchorformer.contracts import Example
+from data.record import Record
+
+Turns = Sequence[tuple[str, str]]
+
+
+class Encoder(Protocol):
+    """The part of `AnchorFormerProcessor` that is used here; tests may hand in something smaller."""
+
+    def encode(
+        self, turns: Turns, images: Sequence[Image.Image], *, sample_id: str, max_length: int | None = None,
+        overlength: str = "error",
+    ) -> Example:
+        """Ids, labels and tiles of one record."""
+        ...
+
+    def measure(
+        self, turns: Turns, num_images: int, *, sample_id: str = "record", max_length: int | None = None,
+        overlength: str = "error",
+    ) -> tuple[int, int]:
+        """Length in positions, anchors counted, and number of supervised tokens that `encode` gives, without pixels.
+
+        A record that `encode` would refuse as too long keeps its full length.
+        """
+        ...
+
+    def save_pretrained(self, save_directory: str) -> Any:
+        """Writes everything that decides ids and labels."""
+        ...
+
+
+def turns_of(record: Record) -> list[tuple[str, str]]:
+    """The record's turns as a processor takes them."""
+    return [(turn.role.value, turn.text) for turn in record.turns]
+
+
+def fingerprint(encoder: Encoder) -> str:
+    """Hash of the processor as it is saved, and of the versions of the libraries that split text."""
+    digest = hashlib.sha256(f"{version('transformers')} {version('tokenizers')}".encode())
+    with tempfile.TemporaryDirectory() as folder:
+        encoder.save_pretrained(folder)
+        for path in sorted(Path(folder).rglob("*")):
+            if path.is_file():
+                digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:32]

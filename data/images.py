@@ -1,0 +1,41 @@
+"""From an image reference to an open image, inside its root or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+
+from anchorformer.errors import UserError
+from anchorformer.images import open_image
+from data.record import ImageRef
+
+
+def locate(ref: ImageRef) -> Path | bytes:
+    """Where the image's bytes are.
+
+    Raises:
+        UserError: symbolic links followed, the file lies outside the folders it may lie in. This is never skipped as a
+            bad image is: a file of annotations must not choose what else on the machine is read.
+    """
+    if ref.data is not None:
+        return ref.data
+    if ref.path is None:
+        raise ValueError("an ImageRef holds neither a path nor data")
+    path = ref.path.resolve()
+    if ref.roots and not any(path.is_relative_to(root) for root in ref.roots):
+        raise UserError(
+            f"{ref.path}: the image lies outside its root", found=path,
+            expected="a file inside " + " or ".join(map(str, ref.roots)),
+            remedy="correct the path, or name the folder a link leads to in the source's linked_roots",
+        )
+    return path
+
+
+def load(ref: ImageRef) -> Image.Image:
+    """The decoded image.
+
+    Raises:
+        UserError: what `locate` raises; or the file is missing, unreadable, damaged or too large.
+    """
+    return open_image(locate(ref))

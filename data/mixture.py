@@ -1,0 +1,128 @@
+"""Several sources as one numbered set of records, and which of them an epoch holds."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from anchorformer.errors import UserError
+from anchorformer.schema import parse_plugin
+from data.admission import admit, check_share
+from data.config import DataConfig
+from data.encoder import Encoder, fingerprint
+from data.lengths import measure
+from data.record import Record
+from data.sampler import permutation
+from data.sources.base import PACKAGE, Source, SourceConfig
+
+logger = logging.getLogger(__name__)
+
+
+class Mixture:
+    """The records of all sources behind one index, with their lengths; `epoch` says what is trained on when.
+
+    A source's `weight` is its passes per epoch: 2 shows every record twice, 0.5 shows a half, and the next epoch the
+    other half. A source of weight 0 is not opened.
+
+    Attributes:
+        tokens: int32, positions of each record (anchors counted), after the over-length rule.
+        num_dropped: records left out because they are too long or have no targets.
+
+    Raises:
+        UserError: no source, a folder that is missing, what a source or the over-length rule raises, or more records
+            left out than `max_dropped_share` allows.
+    """
+
+    def __init__(self, config: DataConfig, processor: Encoder) -> None:
+        named = open_sources(config)
+        self.sources = tuple(source for source, _ in named)
+        self._weights = tuple(weight for _, weight in named)
+        encoder_fingerprint = fingerprint(processor)
+        admissions = []
+        for source in self.sources:
+            lengths = measure(source, processor, encoder_fingerprint, Path(config.cache_dir))
+            admissions.append(admit(source, lengths, processor, config.max_length, config.overlength))
+        check_share(self.sources, admissions, config.max_dropped_share)
+        self._kept = tuple(admission.kept for admission in admissions)
+        self._ends = np.cumsum([len(kept) for kept in self._kept])
+        self.tokens = np.concatenate([admission.tokens for admission in admissions])
+        self.num_dropped = sum(len(item.too_long) + len(item.without_targets) for item in admissions)
+        for source, weight, item in zip(self.sources, self._weights, admissions, strict=True):
+            logger.info(
+                "%s: %d records, %d too long and %d without targets left out, %g passes per epoch, %.0f positions on "
+                "average", source.name, len(source), len(item.too_long), len(item.without_targets), weight,
+                item.tokens.mean() if len(item.tokens) else 0,
+            )
+
+    def __len__(self) -> int:
+        """Samples per epoch."""
+        return sum(_share(len(kept), weight) for kept, weight in zip(self._kept, self._weights, strict=True))
+
+    def __getitem__(self, number: int) -> Record:
+        """The record of that number, its id prefixed with its source's name."""
+        source, index = self._find(number)
+        record = source[index]
+        return replace(record, id=f"{source.name}/{record.id}")
+
+    def sample_id(self, number: int) -> str:
+        """The id that `self[number]` has, without reading the record."""
+        source, index = self._find(number)
+        return f"{source.name}/{source.record_id(index)}"
+
+    def epoch(self, epoch: int, seed: int) -> np.ndarray:
+        """Record numbers of one epoch, source by source, int64 (len(self),); the sampler shuffles them.
+
+        Where a weight is not whole, the odd share is a window that moves through one fixed permutation of the source
+        from epoch to epoch, so that every record gets its turn.
+        """
+        numbers = []
+        for place, (source, kept, weight) in enumerate(zip(self.sources, self._kept, self._weights, strict=True)):
+            start = 0 if place == 0 else int(self._ends[place - 1])
+            count = len(kept)
+            whole, rest = divmod(_share(count, weight), max(count, 1))
+            order = permutation(count, seed, source.name)
+            window = (epoch * rest + np.arange(rest)) % max(count, 1)
+            numbers.append(start + np.concatenate([np.tile(np.arange(count), whole), order[window]]))
+        return np.concatenate(numbers)
+
+    def _find(self, number: int) -> tuple[Source, int]:
+        place = int(np.searchsorted(self._ends, number, side="right"))
+        start = 0 if place == 0 else int(self._ends[place - 1])
+        return self.sources[place], int(self._kept[place][number - start])
+
+
+def open_sources(config: DataConfig) -> list[tuple[Source, float]]:
+    """Opens every source that has a weight, in the order of their names.
+
+    Raises:
+        UserError: `data.root` is missing, no source has a weight, a weight is negative, or what a source raises.
+    """
+    root = Path(config.root)
+    if not root.is_dir():
+        raise UserError(
+            "data.root is no folder", found=config.root, expected="the folder that the sources' paths start from",
+            remedy="set data.root=/path/to/data",
+        )
+    opened: list[tuple[Source, float]] = []
+    for name, spec in sorted(config.sources.items()):
+        source = parse_plugin(SourceConfig, spec, PACKAGE, f"data.sources.{name}")
+        if source.weight < 0:
+            raise UserError(
+                f"data.sources.{name}.weight is negative", found=source.weight, expected="passes per epoch, 0 or more",
+                remedy=f"set data.sources.{name}.weight=1",
+            )
+        if source.weight > 0:
+            opened.append((source.open(name, root, Path(config.cache_dir)), source.weight))
+    if not opened:
+        raise UserError(
+            "there is nothing to train on", found=f"data.sources={config.sources}",
+            expected="at least one source with a weight above 0", remedy="choose data=..., one of conf/data/",
+        )
+    return opened
+
+
+def _share(count: int, weight: float) -> int:
+    return round(count * weight)
