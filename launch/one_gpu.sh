@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# One rank on one GPU: launch/one_gpu.sh stage=align data.root=/data [--dry-run] [key=value ...]
+# shellcheck source=launch/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+train hardware=one_gpu "$@"

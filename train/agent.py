@@ -1,0 +1,44 @@
+"""torchrun with the exit code of the rank that failed first, and one line about it in place of a traceback.
+
+`python -m train.agent` takes torchrun's own arguments, the last one a run folder. torchrun itself ends with 1 whatever
+its ranks ended with, so that a user's mistake (2), a halted run (3) and a crash could not be told apart.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import parse_args, run
+
+from train.folder import RunFolder
+
+
+def main(arguments: list[str]) -> int:
+    """Runs this node's ranks to their end.
+
+    Returns:
+        0; what HALTED.json says, where the ranks left one; else the exit code of the rank that failed first, or 128 +
+        the signal that ended it or this process.
+    """
+    folder = RunFolder(Path(arguments[-1]))
+    try:
+        run(parse_args(arguments))
+    except ChildFailedError as error:
+        if folder.halted.is_file():
+            # The ranks have said why; one that lost its peers meanwhile may have ended first, with another code.
+            return int(json.loads(folder.halted.read_text())["exit_code"])
+        rank, failure = error.get_first_failure()
+        print(f"rank {rank} ended first, with {failure.exitcode}: see {folder.log(rank)}", file=sys.stderr)
+        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    except SignalException as error:
+        print(f"stopped by {error.sigval.name}", file=sys.stderr)
+        return 128 + error.sigval.value
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

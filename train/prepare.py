@@ -1,0 +1,232 @@
+"""Everything between a composed config and its ranks: inputs checked, start folder made, run folder written once."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import socket
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from anchorformer.errors import UserError
+from anchorformer.schema import parse_plugin, plugin_to_plain, to_plain
+from data.sources.base import PACKAGE as SOURCES
+from data.sources.base import SourceConfig
+from train.compose import ROOT
+from train.config import RunConfig
+from train.folder import RunFolder, write_atomically
+
+PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "hydra-core", "tokenizers", "safetensors", "numpy")
+
+
+def prepare(config: RunConfig, command: Sequence[str]) -> RunFolder:
+    """Checks what the config names, cheapest first, then makes the start folder and the run folder.
+
+    Args:
+        command: what the user typed, for environment.json.
+
+    Returns:
+        the run folder, ready for `train.start`.
+
+    Raises:
+        UserError: a file or folder missing or not in its format, parts of the model that do not fit each other, a start
+            folder that is damaged or of another shape, a run folder that exists already, or a stored config that
+            differs from this one where the run is resumed.
+    """
+    folder = run_folder(config)
+    check_files(config)
+    config = check_parts(config)
+    if folder.config.is_file():
+        _compare(config, folder.read_config(), folder.config)
+        # What the last attempt ended with says nothing about this one.
+        folder.halted.unlink(missing_ok=True)
+    else:
+        start = make_start_folder(config)
+        _create(folder.path, config.resume != "never")
+        write_atomically(folder.path / "start.txt", f"{start}\n")
+        write_atomically(folder.path / "environment.json", json.dumps(environment_facts(command), indent=2) + "\n")
+    # Last: a folder with a config is one that ranks can be started on.
+    write_atomically(folder.config, yaml.safe_dump(to_plain(config), sort_keys=False))
+    return folder
+
+
+def run_folder(config: RunConfig) -> RunFolder:
+    """Where this run lives.
+
+    Raises:
+        UserError: a name that leads out of `output_root`, or a run that exists while it is not to be resumed.
+    """
+    root = Path(config.output_root)
+    folder = root / config.run
+    if Path(config.run).is_absolute() or ".." in Path(config.run).parts or folder == root:
+        raise UserError(
+            "the run's name leads out of output_root", found=f"run={config.run}", expected="a name such as first/align",
+            remedy="set output_root=... for another place",
+        )  # fmt: skip
+    if folder.exists() and config.resume == "never":
+        raise UserError(
+            f"the run {config.run} exists already", found=folder, expected="a folder that does not exist",
+            remedy="choose another run=..., or continue this one with resume=auto",
+        )  # fmt: skip
+    return RunFolder(folder)
+
+
+def is_done(config: RunConfig) -> bool:
+    """Whether a run that may be resumed has nothing left to do."""
+    return config.resume != "never" and run_folder(config).done.exists()
+
+
+def check_files(config: RunConfig) -> None:
+    """Opens what the config names on disk; the sources' annotations are parsed here once, for all ranks."""
+    root = Path(config.data.root)
+    if not root.is_dir():
+        raise UserError(
+            "data.root is not a folder", found=f"{root} ({'a file' if root.exists() else 'nothing there'})",
+            expected="the folder that the sources' paths start from", remedy="set data.root=/path/to/your/data",
+        )  # fmt: skip
+    if config.init_from:
+        resolve_model(config.init_from)
+    if config.resume not in ("never", "auto") and not Path(config.resume).is_dir():
+        raise UserError(
+            "resume names no checkpoint", found=f"resume={config.resume}",
+            expected="never, auto, or a folder under <run>/state/", remedy="use resume=auto for the newest one",
+        )  # fmt: skip
+    for name, spec in config.data.sources.items():
+        source = parse_plugin(SourceConfig, spec, SOURCES, f"data.sources.{name}")
+        source.open(name, root, Path(config.data.cache_dir))
+
+
+def check_parts(config: RunConfig) -> RunConfig:
+    """Parses the model's plug-ins; returns the config with every one of their values written out."""
+    from anchorformer.connectors.base import PACKAGE as CONNECTORS
+    from anchorformer.connectors.base import ConnectorConfig
+    from anchorformer.selectors.base import PACKAGE as SELECTORS
+    from anchorformer.selectors.base import SelectorConfig
+
+    selector = parse_plugin(SelectorConfig, config.model.selector, SELECTORS, "model.selector")
+    connector = parse_plugin(ConnectorConfig, config.model.connector, CONNECTORS, "model.connector")
+    model = replace(config.model, selector=plugin_to_plain(selector), connector=plugin_to_plain(connector))
+    return replace(config, model=model)
+
+
+def make_start_folder(config: RunConfig) -> Path:
+    """The model folder that every rank loads: the one named by `init_from`, or a fresh one, assembled once.
+
+    A fresh one is kept under `<output_root>/models/` by the hash of what it is made from.
+    """
+    from anchorformer.assemble import assemble
+    from anchorformer.weights import check_folder
+
+    model = config.model
+    if config.init_from:
+        folder = resolve_model(config.init_from)
+    else:
+        made_from = {
+            "model": to_plain(model), "seed": config.seed, "template": config.stage.template,
+            "files": [_fingerprint(Path(name)) for name in (model.vision, model.language_model)],
+        }  # fmt: skip
+        digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+        folder = Path(config.output_root).resolve() / "models" / digest[:16]
+        if not folder.exists():
+            assemble(
+                model.vision, model.language_model, model.selector, model.connector, folder,
+                template=config.stage.template, seed=config.seed,
+            )  # fmt: skip
+    check_folder(folder, model.selector, model.connector)
+    return folder
+
+
+def resolve_model(name: str) -> Path:
+    """The model folder that `init_from` means: the folder itself, or the `model/` of a finished run.
+
+    Raises:
+        UserError: nothing there, or a run that has not finished.
+    """
+    folder = Path(name).resolve()
+    run = RunFolder(folder)
+    if run.config.is_file():
+        if not run.done.exists():
+            raise UserError(
+                "init_from names a run that is not done", found=f"{name} without DONE",
+                expected="a finished run, or a model folder",
+                remedy="finish that run first: its own command with resume=auto",
+            )  # fmt: skip
+        folder = run.model
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            "init_from names no model", found=f"{name} ({'no config.json' if folder.is_dir() else 'no such folder'})",
+            expected="a run (checkpoints/<run>) or a model folder", remedy="check the path",
+        )  # fmt: skip
+    return folder
+
+
+def environment_facts(command: Sequence[str]) -> dict[str, Any]:
+    """What a later reader needs to know about where a run came from."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)}
+    return {
+        "command": list(command), "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "host": socket.gethostname(), "python": platform.python_version(), "versions": versions,
+        "commit": _git("rev-parse", "HEAD"), "uncommitted_changes": bool(_git("status", "--porcelain")),
+    }  # fmt: skip
+
+
+def differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
+    """Dotted paths at which two plain values differ."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        for key in sorted({*one, *other}):
+            yield from differences(one.get(key), other.get(key), f"{path}.{key}" if path else str(key))
+    elif one != other:
+        yield f"{path} (was {other}, now {one})"
+
+
+def _compare(config: RunConfig, before: RunConfig, path: Path) -> None:
+    from train.checkpoint import numbers_digest
+
+    if numbers_digest(config) != numbers_digest(before):
+        found = differences(to_plain(replace(config, resume=before.resume)), to_plain(before))
+        raise UserError(
+            f"the run {config.run} was started with another config", found="; ".join(found), expected=f"as in {path}",
+            remedy="resume with the same values, or start another run",
+        )  # fmt: skip
+
+
+def _create(folder: Path, resumed: bool) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        # A run to be resumed may have been stopped before it wrote its config.
+        folder.mkdir(exist_ok=resumed)
+    except FileExistsError:
+        raise UserError(
+            f"the run folder {folder} has appeared meanwhile", found="another launch of the same run",
+            expected="one launch per run", remedy="choose another run=...",
+        ) from None  # fmt: skip
+
+
+def _fingerprint(folder: Path) -> list[tuple[str, int, int]]:
+    # A hub id has none: hub folders are immutable per revision, local ones may be written again in place.
+    files = sorted(path for path in folder.glob("*") if path.is_file()) if folder.is_dir() else []
+    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)  # noqa: S607
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,49 @@
+"""Composes, checks, writes the run folder and starts its ranks on this machine (the default verb)."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+import yaml
+
+from anchorformer.errors import UserError
+from anchorformer.schema import to_plain
+from train.compose import compose
+from train.prepare import is_done, prepare, run_folder
+from train.start import Topology, command, start
+
+CFG, DRY_RUN = "--cfg", "--dry-run"
+
+
+def main(arguments: list[str]) -> int:
+    """`--cfg` prints the composed config, `--dry-run` the command as well; neither touches a file."""
+    overrides = [text for text in arguments if not text.startswith("--")]
+    flags = [text for text in arguments if text.startswith("--")]
+    if CFG in flags:
+        # `--cfg job` is how Hydra's own commands spell it.
+        overrides = [text for text in overrides if text != "job"]
+    unknown = sorted(set(flags) - {CFG, DRY_RUN})
+    if unknown:
+        raise UserError(
+            "unknown flag", found=" ".join(unknown), expected=f"{CFG} or {DRY_RUN}", remedy="values are key=value"
+        )
+    config = compose(overrides)
+    if flags:
+        print(yaml.safe_dump(to_plain(config), sort_keys=False), end="")
+        if DRY_RUN in flags:
+            path = Path(config.output_root) / config.run
+            print("# " + shlex.join(command(path, config, Topology(head="HEAD_ADDR"))))
+        return 0
+    if config.hardware.nodes > 1:
+        raise UserError(
+            "several nodes are not started by this command", found=f"hardware.nodes={config.hardware.nodes}",
+            expected="one node", remedy="python -m train prepare ... prints what to run on each node",
+        )  # fmt: skip
+    if is_done(config):
+        print(f"{run_folder(config).path} is done already")
+        return 0
+    folder = prepare(config, sys.argv)
+    print(f"run folder: {folder.path}")
+    return start(folder.path, folder.read_config(), Topology())

@@ -1,0 +1,31 @@
+"""Starts this node's ranks of a prepared run: `start RUN_FOLDER CONFIG_HASH`, as `prepare` printed them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from anchorformer.errors import UserError
+from train.folder import RunFolder
+from train.start import Topology, start
+
+
+def main(arguments: list[str]) -> int:
+    """Starts, at the place among the nodes that the environment names (launch/multinode.sh).
+
+    Raises:
+        UserError: this node reads another config than the node that composed it.
+    """
+    if len(arguments) != 2:
+        raise UserError(
+            "start takes two words", found=" ".join(arguments) or "none", expected="RUN_FOLDER CONFIG_HASH",
+            remedy="python -m train prepare ... prints both",
+        )  # fmt: skip
+    folder, expected = Path(arguments[0]), arguments[1]
+    config = RunFolder(folder).read_config()
+    if config.digest != expected:
+        raise UserError(
+            f"this node reads another config of {folder}", found=config.digest, expected=expected,
+            remedy="all nodes must see the same run folder, written by one `python -m train prepare`",
+        )  # fmt: skip
+    return start(folder, config, Topology.from_environment(os.environ))
