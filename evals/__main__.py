@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from anchorformer.errors import UserError, run_guarded
 from anchorformer.schema import parse
 from evals.config import EvalConfig
-from evals.runner import evaluate, line, prepare
+from evals.prepare import model_folder, prepare
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
@@ -63,37 +63,19 @@ def task_names() -> list[str]:
     return sorted(path.stem for path in (CONF / "eval").glob("*.yaml"))
 
 
-def model_folder(name: str) -> Path:
-    """The model folder of a run, or the folder itself where it is one.
-
-    Raises:
-        UserError: there is no model in it.
-    """
-    folder = Path(name)
-    for candidate in (folder / "model", folder):
-        if (candidate / "config.json").is_file():
-            return candidate
-    there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
-    raise UserError(
-        f"no model in {name}",
-        found=there or "an empty folder",
-        expected="a finished run (with model/ in it) or a model folder (with config.json)",
-        remedy="finish the run, or pass the folder that `python -m anchorformer.assemble` wrote",
-    )
-
-
 def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = compose_config(sys.argv[1:])
     folder = model_folder(config.model)
     prepared = prepare(config)
-    # Only now: everything above answers within a second, and none of it needs torch.
+    # Only now: everything above answers within a second, because none of it needs torch.
     from evals.respondent import load
+    from evals.runner import evaluate, line
 
-    respondent, facts = load(folder, config)
+    respondent = load(folder, config)
     out = Path(config.out) if config.out else Path(config.model) / "evals"
-    for result in evaluate(config, prepared, respondent, facts, out):
-        print(line(result))
+    for result in evaluate(config, prepared, respondent, respondent.facts, out):
+        print(line(result), flush=True)
     print(f"predictions and results: {out}")
     return 0
 

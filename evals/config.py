@@ -59,6 +59,8 @@ class EvalConfig(Schema):
     """Only the first so many questions of each task."""
     seed: int = 0
     """Decides which other image a question gets under `shuffled`."""
+    template: str | None = None
+    """Conversation template; null is that of the run's stage, or for a model folder its own."""
     device: Device = Device.auto
     precision: Precision = Precision.auto
     """`auto` is bf16 on CUDA and fp32 on CPU, where scores are then equal for every batch size."""

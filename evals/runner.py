@@ -1,39 +1,17 @@
-"""One evaluation from its config to its files: every task under every condition."""
+"""Every task under every condition, written as it is done."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from anchorformer.errors import UserError
-from anchorformer.schema import parse_plugin
 from evals import results
+from evals.conditions import under
 from evals.config import EvalConfig
-from evals.questions import Question, under
-from evals.tasks.base import PACKAGE, Respondent, TaskConfig
-
-
-def prepare(config: EvalConfig) -> dict[str, tuple[TaskConfig, list[Question]]]:
-    """Everything that can be wrong with the tasks and their files, before any weights are loaded.
-
-    Raises:
-        UserError: a task that does not fit its class, files missing or not in their layout, a task without records.
-    """
-    prepared = {}
-    for name, spec in config.tasks.items():
-        task = parse_plugin(TaskConfig, spec, PACKAGE, f"tasks.{name}")
-        questions = task.questions(name, Path(config.data.root), Path(config.data.cache_dir), config.limit)
-        if not questions:
-            raise UserError(
-                f"task {name} has no questions",
-                found="0 records",
-                expected="1 or more",
-                remedy=f"check the files that tasks.{name}.source names under {config.data.root}",
-            )
-        prepared[name] = (task, questions)
-    return prepared
+from evals.questions import Question
+from evals.tasks.base import Respondent, TaskConfig
 
 
 def evaluate(
@@ -42,16 +20,15 @@ def evaluate(
     respondent: Respondent,
     facts: Mapping[str, Any],
     out: Path,
-) -> list[dict[str, Any]]:
-    """Runs every task under every condition and writes predictions and results as they come.
+) -> Iterator[dict[str, Any]]:
+    """Runs every task under every condition; predictions and result of one are on disk when it is yielded.
 
     Args:
         facts: what decided the scores beside the task (model, template, versions), written into every result.
 
-    Returns:
-        The results, as written.
+    Raises:
+        UserError: an image that cannot be read, or a condition that the task cannot be put under.
     """
-    written = []
     for name, (task, questions) in prepared.items():
         groups = [task.group(item) for item in questions]
         for condition in config.conditions:
@@ -67,9 +44,7 @@ def evaluate(
                 "seed": config.seed,
                 "time": {"seconds": round(seconds, 3), "questions_per_second": round(len(asked) / seconds, 2)},
             }
-            result = results.write(out, name, condition, asked, outcomes, settings, groups)
-            written.append(result)
-    return written
+            yield results.write(out, name, condition, asked, outcomes, settings, groups)
 
 
 def line(result: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from anchorformer.errors import UserError
 from evals.questions import Question
 from evals.tasks.base import Outcome, Respondent, TaskConfig
 
@@ -18,6 +19,14 @@ class CaptionLossTask(TaskConfig):
     """
 
     def answer(self, questions: Sequence[Question], respondent: Respondent) -> list[Outcome]:
+        for item in questions:
+            if not item.references:
+                raise UserError(
+                    f"record {item.id} has no text to be judged by",
+                    found="no answer",
+                    expected="an answer in every record",
+                    remedy="take a split whose answers are published",
+                )
         # Weighted by tokens, so that the mean over questions is the mean over tokens.
         return [Outcome(None, loss / max(count, 1), count) for loss, count in respondent.answer_losses(questions)]
 

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from anchorformer.errors import UserError
 from data.record import ImageRef, Record, Role, Turn
+from evals.conditions import under
 from evals.config import Condition
-from evals.questions import Question, question, under
+from evals.questions import Question, question
 
 
 def record(*turns: tuple[Role, str], references: tuple[str, ...] = ()) -> Record:

@@ -47,7 +47,7 @@ def config(*conditions: Condition) -> EvalConfig:
 
 
 def run(tmp_path: Path, task: TaskConfig, asked: list[Question], *conditions: Condition) -> list[dict[str, Any]]:
-    return evaluate(config(*conditions), {"t": (task, asked)}, Parrot(), {"template": "v1"}, tmp_path)
+    return list(evaluate(config(*conditions), {"t": (task, asked)}, Parrot(), {"template": "v1"}, tmp_path))
 
 
 def test_the_right_image_scores_and_the_baselines_do_not(tmp_path: Path) -> None:
