@@ -29,7 +29,7 @@ class VisionNeeds:
     cls_scores: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: DeepSpeed ZeRO-3 reads what modules return through vars()
 class VisionFeatures:
     """What the vision tower hands on.
 
@@ -46,7 +46,7 @@ class VisionFeatures:
     has_cls: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: DeepSpeed ZeRO-3 reads what modules return through vars()
 class Anchors:
     """What a selector hands to the connector: the queries, and where they came from.
 
