@@ -1,0 +1,164 @@
+"""The real model under evaluation: scores do not depend on the batch, losses are the model's own, images matter."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from anchorformer.errors import UserError
+from data.record import ImageRef
+from evals import __main__ as command
+from evals.config import Device, EvalConfig, EvalDataConfig, Precision
+from evals.questions import Question
+from evals.respondent import ModelRespondent, load
+
+WORDS = ("red", "blue", "how many", "what is the value of the tallest bar", "a", "where is it", "total?")
+
+
+def png(seed: int, size: tuple[int, int] = (28, 28)) -> bytes:
+    stream = io.BytesIO()
+    Image.frombytes("RGB", size, random.Random(seed).randbytes(3 * size[0] * size[1])).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def ask(number: int, *, images: int = 1) -> Question:
+    text = "<image>\n" * images + WORDS[number % len(WORDS)]
+    refs = tuple(ImageRef(data=png(10 * number + i, (28 + 7 * (number % 3), 28))) for i in range(images))
+    return Question(f"q{number}", (("user", text),), refs, (WORDS[(number + 1) % len(WORDS)],), {})
+
+
+@pytest.fixture(scope="module")
+def questions() -> list[Question]:
+    return [ask(number, images=(1, 0, 1, 2)[number % 4]) for number in range(16)]
+
+
+@pytest.fixture(scope="module")
+def respondent(tiny_folder: Path) -> ModelRespondent:
+    return load(tiny_folder, config(tiny_folder))
+
+
+def config(folder: Path, **values: object) -> EvalConfig:
+    return EvalConfig(**{"model": str(folder), "tasks": {"t": {}}, "data": EvalDataConfig(root="r"), **values})  # type: ignore[arg-type]
+
+
+def in_batches_of(respondent: ModelRespondent, size: int) -> ModelRespondent:
+    return ModelRespondent(respondent._model, respondent._processor, size, respondent.facts)
+
+
+def test_answers_do_not_depend_on_the_batch(respondent: ModelRespondent, questions: list[Question]) -> None:
+    together = in_batches_of(respondent, 16).answers(questions, 6)
+    assert (
+        together
+        == in_batches_of(respondent, 1).answers(questions, 6)
+        == in_batches_of(respondent, 5).answers(questions, 6)
+    )
+    assert len(set(together)) > 1
+    assert not any("<image>" in text or "</s>" in text or text != text.strip() for text in together)
+
+
+def test_the_image_reaches_the_loss(respondent: ModelRespondent, questions: list[Question]) -> None:
+    seen = [item for item in questions if len(item.images) == 1]
+    swapped = [Question(item.id, item.turns, (ImageRef(data=png(999)),), item.references, item.meta) for item in seen]
+    for (right, count), (wrong, same) in zip(
+        respondent.answer_losses(seen), respondent.answer_losses(swapped), strict=True
+    ):
+        assert count == same
+        assert right != wrong
+
+
+def test_losses_are_those_of_the_padded_model(respondent: ModelRespondent, questions: list[Question]) -> None:
+    model, processor = respondent._model, respondent._processor
+    found = in_batches_of(respondent, 7).answer_losses(questions)
+    for item, (loss, count) in zip(questions, found, strict=True):
+        images = [Image.open(io.BytesIO(ref.data or b"")) for ref in item.images]
+        example = processor.encode([*item.turns, ("assistant", item.references[0])], images, sample_id=item.id)
+        with torch.no_grad():
+            mean = model(
+                input_ids=example.input_ids_S[None],
+                attention_mask=torch.ones(1, example.input_ids_S.numel(), dtype=torch.long),
+                pixel_values=example.tiles_B3HW,
+                labels=example.labels_S[None],
+            ).loss
+        assert count == int((example.labels_S[1:] != -100).sum())
+        assert loss / count == pytest.approx(float(mean), abs=1e-4)
+
+
+def test_facts_name_what_decides_a_score(respondent: ModelRespondent) -> None:
+    facts = respondent.facts
+    assert (facts["template"], facts["visual_tokens_per_image"], facts["image_size"]) == ("chat", 9, 28)
+    assert facts["precision"] == "fp32"
+    assert len(facts["model_sha256"]) == 64
+    assert (
+        facts["versions"]["torch"] == torch.__version__.split("+")[0] or facts["versions"]["torch"] == torch.__version__
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_a_missing_device_is_named(tiny_folder: Path) -> None:
+    with pytest.raises(UserError, match="no CUDA device"):
+        load(tiny_folder, config(tiny_folder, device=Device.cuda))
+
+
+def test_bf16_answers_too(tiny_folder: Path, questions: list[Question]) -> None:
+    half = load(tiny_folder, config(tiny_folder, precision=Precision.bf16, batch_size=8))
+    assert len(half.answers(questions, 4)) == len(questions)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Path:
+    """Three questions each in the native formats of the three tasks, and captions."""
+    chart, docs = tmp_path / "chartqa" / "ChartQA Dataset" / "test", tmp_path / "docvqa"
+    (chart / "png").mkdir(parents=True)
+    (docs / "documents").mkdir(parents=True)
+    for number in range(3):
+        (chart / "png" / f"{number}.png").write_bytes(png(number))
+        (docs / "documents" / f"{number}.png").write_bytes(png(50 + number))
+    for kind in ("human", "augmented"):
+        rows = [{"imgname": f"{n}.png", "query": WORDS[n], "label": str(n)} for n in range(3)]
+        (chart / f"test_{kind}.json").write_text(json.dumps(rows))
+    entries = [
+        {"questionId": n, "question": WORDS[n], "image": f"documents/{n}.png", "answers": ["a", "b"]} for n in range(3)
+    ]
+    (docs / "val_v1.0.json").write_text(json.dumps({"data": entries}))
+    talk = [
+        {
+            "id": n,
+            "image": f"{n}.png",
+            "conversations": [{"from": "human", "value": "<image>\n?"}, {"from": "gpt", "value": WORDS[n]}],
+        }
+        for n in range(3)
+    ]
+    (tmp_path / "captions.json").write_text(json.dumps(talk))
+    return tmp_path
+
+
+def test_the_command_end_to_end(
+    tiny_folder: Path, world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = world / "out"
+    overrides = [
+        f"model={tiny_folder}", f"data.root={world}", f"data.cache_dir={world}/cache", f"out={out}", "batch_size=4",
+        "task=[docvqa_val,chartqa_test,miniworld_caption]", "conditions=[right,shuffled,none]",
+        "tasks.chartqa_test.max_new_tokens=3", "tasks.docvqa_val.max_new_tokens=3",
+        "tasks.miniworld_caption.source.annotations=captions.json",
+        "tasks.miniworld_caption.source.images=docvqa/documents",
+    ]  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["evals", *overrides])
+    assert command.main() == 0
+    assert len(list(out.glob("*.json"))) == len(list(out.glob("*.jsonl"))) == 9
+    chart = json.loads((out / "chartqa_test-right.json").read_text())
+    assert (chart["n"], set(chart["groups"])) == (6, {"human", "augmented"})
+    assert chart["decoding"]["max_new_tokens"] == 3
+    losses = [
+        json.loads((out / f"miniworld_caption-{condition}.json").read_text())["score"]
+        for condition in ("right", "shuffled", "none")
+    ]
+    assert len(set(losses)) == 3
+    printed = capsys.readouterr().out
+    assert "docvqa_val (shuffled image): anls" in printed
