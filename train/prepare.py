@@ -50,6 +50,7 @@ def prepare(config: RunConfig, command: Sequence[str]) -> RunFolder:
         folder.halted.unlink(missing_ok=True)
     else:
         start = make_start_folder(config)
+        check_samples(config, start)
         _create(folder.path, config.resume != "never")
         write_atomically(folder.path / "start.txt", f"{start}\n")
         write_atomically(folder.path / "environment.json", json.dumps(environment_facts(command), indent=2) + "\n")
@@ -101,7 +102,8 @@ def check_files(config: RunConfig) -> None:
         )  # fmt: skip
     for name, spec in config.data.sources.items():
         source = parse_plugin(SourceConfig, spec, SOURCES, f"data.sources.{name}")
-        source.open(name, root, Path(config.data.cache_dir))
+        if source.weight > 0:
+            source.open(name, root, Path(config.data.cache_dir))
 
 
 def check_parts(config: RunConfig) -> RunConfig:
@@ -142,6 +144,21 @@ def make_start_folder(config: RunConfig) -> Path:
             )  # fmt: skip
     check_folder(folder, model.selector, model.connector)
     return folder
+
+
+def check_samples(config: RunConfig, start: Path) -> None:
+    """Measures every sample with the run's own processor, once for all ranks, which find the counts in the cache.
+
+    Raises:
+        UserError: a template that does not fit the tokenizer, and what the over-length rule refuses.
+    """
+    from transformers import AutoProcessor
+
+    import anchorformer.auto  # noqa: F401 (makes the processor known to transformers)
+    from data.mixture import Mixture
+
+    processor = AutoProcessor.from_pretrained(start, local_files_only=True)
+    Mixture(config.data, processor.with_template(config.stage.template))
 
 
 def resolve_model(name: str) -> Path:
