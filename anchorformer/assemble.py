@@ -17,8 +17,9 @@ from transformers.image_processing_base import ImageProcessingMixin
 from anchorformer.configuration import AnchorFormerConfig
 from anchorformer.errors import UserError, run_guarded
 from anchorformer.images import ImageTransform
-from anchorformer.modeling import parts_of
+from anchorformer.modeling import parse_parts
 from anchorformer.processing import IMAGE_TOKEN, AnchorFormerProcessor
+from anchorformer.schema import plugin_to_plain
 from anchorformer.vision import VisionTower
 from anchorformer.weights import part_state, write_parts
 
@@ -42,28 +43,28 @@ def assemble(
     Raises:
         UserError: a backbone that cannot be found or does not fit the selector or connector.
     """
+    selector_config, connector_config = parse_parts(selector, connector)
     vision_config, text_config = _vision_config(vision), _load_config(language_model, "language model")
     mean, std = _image_statistics(vision)
     tokenizer = AutoTokenizer.from_pretrained(language_model)
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_TOKEN]})
     config = AnchorFormerConfig(
-        vision_config=vision_config, text_config=text_config, selector=dict(selector), connector=dict(connector),
+        vision_config=vision_config, text_config=text_config,
+        selector=plugin_to_plain(selector_config), connector=plugin_to_plain(connector_config),
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), image_mean=mean, image_std=std,
     )  # fmt: skip
-    selector_config, connector_config = parts_of(config)
-
     log.info("vision tower from %s", vision)
-    tower = VisionTower.from_pretrained(vision, vision_config, selector_config.needs)
+    tower = VisionTower.from_backbone(vision, selector_config.needs)
     num_anchors = selector_config.count(tower.num_tokens, tower.num_heads, tower.has_cls)
     num_image_tokens = connector_config.count(tower.num_tokens, num_anchors, tower.has_cls)
+    log.info("language model from %s", language_model)
+    llm = AutoModelForCausalLM.from_pretrained(language_model, dtype="auto")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = connector_config.build(tower.width, text_config.hidden_size)
-    log.info("language model from %s", language_model)
-    llm = AutoModelForCausalLM.from_pretrained(language_model, dtype="auto")
-    if len(tokenizer) > llm.get_input_embeddings().num_embeddings:
-        llm.resize_token_embeddings(len(tokenizer))
+        if len(tokenizer) > llm.get_input_embeddings().num_embeddings:
+            llm.resize_token_embeddings(len(tokenizer))
     config.text_config = llm.config
 
     partial = out.with_name(f".tmp-{out.name}")
@@ -105,10 +106,11 @@ def _vision_config(name: str) -> PreTrainedConfig:
     return getattr(config, "vision_config", config)
 
 
-def _image_statistics(vision: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _image_statistics(vision: str) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     try:
         values, _ = ImageProcessingMixin.get_image_processor_dict(vision)
-        return tuple(values["image_mean"]), tuple(values["image_std"])
+        (red, green, blue), (red_std, green_std, blue_std) = values["image_mean"], values["image_std"]
+        return (red, green, blue), (red_std, green_std, blue_std)
     except (OSError, KeyError) as error:
         raise UserError(
             f"no image statistics beside the vision tower {vision}", found=str(error).splitlines()[0],

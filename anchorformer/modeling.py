@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -43,7 +44,13 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: AnchorFormerConfig) -> None:
         super().__init__(config)
-        selector, connector = parts_of(config)
+        selector, connector = parse_parts(config.selector, config.connector)
+        if config.image_token_id is None:
+            raise UserError(
+                "the model's configuration is incomplete", found="image_token_id=None",
+                expected="the id that stands for an image embedding", remedy="assemble a model folder and load that",
+            )  # fmt: skip
+        self.image_token_id = config.image_token_id
         self.vision_tower = VisionTower.from_config(config.vision_config, selector.needs)
         tower = self.vision_tower
         self.selector = selector.build(tower.num_tokens, tower.num_heads, tower.has_cls)
@@ -123,26 +130,22 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self.connector(self.selector(features), features)
 
     def _see(self, embeds_BSD: Tensor, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
-        has_images = pixel_values is not None and pixel_values.shape[0] > 0
-        if has_images or not self.training:
-            visual_XTD = (
-                self.encode_images(pixel_values) if has_images else embeds_BSD.new_zeros(0, 1, embeds_BSD.shape[-1])
-            )
-            return fuse(embeds_BSD, input_ids, visual_XTD, self.config.image_token_id)
-        # A rank whose micro-batch is text only must still run the connector, or ZeRO's collectives go out of step.
-        side = self.vision_tower.image_size
-        blank = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=embeds_BSD.device)
-        embeds_BSD = embeds_BSD + 0.0 * self.encode_images(blank).sum().to(embeds_BSD.dtype)
-        return fuse(embeds_BSD, input_ids, embeds_BSD.new_zeros(0, 1, embeds_BSD.shape[-1]), self.config.image_token_id)
+        if pixel_values is not None and pixel_values.shape[0] > 0:
+            return fuse(embeds_BSD, input_ids, self.encode_images(pixel_values), self.image_token_id)
+        if self.training:
+            # A rank whose micro-batch is text only must still run the connector, or ZeRO's collectives go out of step.
+            side = self.vision_tower.image_size
+            blank = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=embeds_BSD.device)
+            embeds_BSD = embeds_BSD + 0.0 * self.encode_images(blank).sum().to(embeds_BSD.dtype)
+        return fuse(embeds_BSD, input_ids, embeds_BSD.new_zeros(0, 1, embeds_BSD.shape[-1]), self.image_token_id)
 
     def _normalise(self, pixels_B3HW: Tensor) -> Tensor:
-        dtype = self.vision_tower.dtype
         if pixels_B3HW.dtype != torch.uint8:
-            return pixels_B3HW.to(dtype)
+            return pixels_B3HW
         # Channel by channel with Python scalars: no constant tensor to move to the device in every step.
         scaled = pixels_B3HW.float() * (1.0 / 255.0)
         channels = zip(scaled.unbind(1), self.config.image_mean, self.config.image_std, strict=True)
-        return torch.stack([(channel - mean) / std for channel, mean, std in channels], 1).to(dtype)
+        return torch.stack([(channel - mean) / std for channel, mean, std in channels], 1)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """Adds the images to the first step only: later steps find them in the cache."""
@@ -169,15 +172,15 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
             reset()
 
 
-def parts_of(config: AnchorFormerConfig) -> tuple[SelectorConfig, ConnectorConfig]:
-    """The typed selector and connector of a model configuration.
+def parse_parts(selector: Mapping[str, Any], connector: Mapping[str, Any]) -> tuple[SelectorConfig, ConnectorConfig]:
+    """The typed selector and connector of two plug-in mappings.
 
     Raises:
         UserError: unknown plug-in, unknown key or wrong type.
     """
     return (
-        parse_plugin(SelectorConfig, config.selector, selectors.__name__, "selector"),
-        parse_plugin(ConnectorConfig, config.connector, connectors.__name__, "connector"),
+        parse_plugin(SelectorConfig, selector, selectors.__name__, "selector"),
+        parse_plugin(ConnectorConfig, connector, connectors.__name__, "connector"),
     )
 
 

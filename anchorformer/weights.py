@@ -19,10 +19,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import ProcessorMixin
 
 from anchorformer.configuration import AnchorFormerConfig
 from anchorformer.errors import UserError
-from anchorformer.modeling import AnchorFormerForConditionalGeneration
+from anchorformer.modeling import AnchorFormerForConditionalGeneration, parse_parts
+from anchorformer.schema import plugin_to_plain
 
 INDEX = "model.safetensors.index.json"
 MANIFEST = "MANIFEST.json"
@@ -44,13 +46,16 @@ def write_parts(folder: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> None
     write_manifest(folder)
 
 
-def derive_folder(base: Path, replaced: Mapping[str, Mapping[str, Tensor]], out: Path) -> Path:
+def derive_folder(
+    base: Path, replaced: Mapping[str, Mapping[str, Tensor]], out: Path, processor: ProcessorMixin | None = None
+) -> Path:
     """A new model folder like `base` with the tensors of some parts replaced; unchanged files are linked, not copied.
 
     The folder appears under its name only when it is complete.
 
     Args:
         replaced: part -> every tensor of that part, under its full name.
+        processor: written instead of the base's, for a stage with a conversation template of its own.
 
     Raises:
         UserError: the names or shapes of a replaced part differ from the base's.
@@ -64,14 +69,16 @@ def derive_folder(base: Path, replaced: Mapping[str, Mapping[str, Tensor]], out:
     partial = out.with_name(f".tmp-{out.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for name in known:
-        if name not in stale and name != INDEX:
-            _link(base / name, partial / name)
+    if processor is not None:
+        processor.save_pretrained(partial)
+    linked = [name for name in known if name not in stale | {INDEX} and not (partial / name).exists()]
+    for name in linked:
+        _link(base / name, partial / name)
     weight_map = {key: name for key, name in base_map.items() if name not in stale}
     for part, tensors in replaced.items():
         weight_map |= _write_shards(partial, part, tensors)
     _write_index(partial, weight_map)
-    write_manifest(partial, known={name: entry for name, entry in known.items() if name not in stale | {INDEX}})
+    write_manifest(partial, known={name: known[name] for name in linked})
     if out.exists():
         shutil.rmtree(out)
     partial.rename(out)
@@ -104,8 +111,11 @@ def check_folder(
                 expected=entry["sha256"], remedy="restore the file or write the folder again",
             )  # fmt: skip
     config = AnchorFormerConfig.from_pretrained(folder)
-    for kind, wanted, has in (("selector", selector, config.selector), ("connector", connector, config.connector)):
-        if wanted is not None and dict(wanted) != has:
+    wanted_parts = parse_parts(selector or config.selector, connector or config.connector)
+    parts = parse_parts(config.selector, config.connector)
+    for kind, wanted_part, part in zip(("selector", "connector"), wanted_parts, parts, strict=True):
+        if wanted_part != part:
+            wanted, has = plugin_to_plain(wanted_part), plugin_to_plain(part)
             differing = sorted(k for k in {*wanted, *has} if wanted.get(k) != has.get(k))
             raise UserError(
                 f"{kind} of {folder} is not the one this run asks for",
@@ -192,7 +202,7 @@ def _write_shards(folder: Path, part: str, tensors: Mapping[str, Tensor]) -> dic
             size = 0
         shards[-1][name] = tensors[name].detach().cpu().contiguous()
         size += bytes_
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"{part}.safetensors" if len(shards) == 1 else f"{part}-{number:05d}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})

@@ -6,10 +6,10 @@ import pickle
 from dataclasses import dataclass, field
 
 import pytest
-from anchorformer.selectors.anchor import AnchorSelectorConfig
 
 from anchorformer.errors import UserError, run_guarded
 from anchorformer.schema import Schema, parse, parse_plugin, plugin_to_plain, to_plain
+from anchorformer.selectors.anchor import AnchorSelectorConfig
 from anchorformer.selectors.base import SelectorConfig
 
 
