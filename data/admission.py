@@ -57,7 +57,7 @@ def admit(
             remedy="raise data.max_length, or choose data.overlength=drop or truncate_answer",
         )
     if overlength is Overlength.truncate_answer:
-        shortened = {int(index): _shortened(source, encoder, int(index), max_length) for index in long}
+        shortened = {int(index): shortened_length(source, encoder, int(index), max_length) for index in long}
         for index, length in shortened.items():
             tokens[index] = length or tokens[index]
         long = np.array([index for index, length in shortened.items() if length is None], np.int64)
@@ -104,8 +104,8 @@ def explain(source: Source, encoder: Encoder, index: int) -> None:
         ) from None
 
 
-def _shortened(source: Source, encoder: Encoder, index: int, max_length: int) -> int | None:
-    """Length after the end of the answer is cut, or None where nothing to learn or not every anchor would be left."""
+def shortened_length(source: Source, encoder: Encoder, index: int, max_length: int) -> int | None:
+    """Length after the end of an answer is cut, or None where nothing to learn or not every anchor would be left."""
     record = source[index]
     length, supervised = encoder.measure(
         turns_of(record), len(record.images), max_length=max_length, overlength=Overlength.truncate_answer.value
