@@ -83,8 +83,6 @@ def attend_flat(
     """
     query_1HSK, key_1hSK, value_1hSK = _one_dtype(query_1HSK, key_1hSK, value_1hSK)
     positions, width = query_1HSK.shape[2:]
-    if positions == 0:
-        return query_1HSK.transpose(1, 2)
     backend = choose(query_1HSK.device, query_1HSK.dtype, max_seqlen, width, flat=True)
     if backend is Backend.varlen:
         return _varlen(query_1HSK, key_1hSK, value_1hSK, scale, cu_seqlens, max_seqlen, dropout)
