@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import struct
 import zlib
@@ -20,7 +21,7 @@ MAX_PIXELS = 2**27
 """Largest padded square that is built (a side of 11,585 pixels, 400 MB while it is being resized)."""
 
 # Only raster formats decoded inside this process: Pillow would hand EPS to an external interpreter.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 # What Pillow's decoders raise on broken files, besides its own errors (which are OSErrors).
 _DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error)
@@ -51,7 +52,7 @@ def open_image(source: Path | bytes, *, name: str | None = None, max_pixels: int
             remedy="fetch the file again",
         )  # fmt: skip
     try:
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        image = Image.open(io.BytesIO(content), formats=_formats())
         _check_size(image.size, name, max_pixels)
         image.load()
     except Image.DecompressionBombError as error:
@@ -63,6 +64,13 @@ def open_image(source: Path | bytes, *, name: str | None = None, max_pixels: int
             remedy="fetch the file again, or leave such samples out with data.on_bad_image=skip",
         ) from None  # fmt: skip
     return image
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    # A Pillow built without one of the optional libraries raises KeyError for a format it does not know.
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:

@@ -259,6 +259,8 @@ class AnchorFormerProcessor(ProcessorMixin):
         return self._to_ids(self._template.segments(read_turns(turns, num_images, sample_id), generate=False))
 
     def _written_out(self, text: str, num_images: int) -> Tensor:
+        if num_images and text.count(PLACEHOLDER) != num_images:
+            raise _mismatch(f"{text.count(PLACEHOLDER)} {PLACEHOLDER} and {num_images} image(s)", "one for each")
         bos = self.tokenizer.bos_token_id
         segments: list[Segment] = [] if bos is None else [Special(bos)]
         for index, piece in enumerate(text.split(PLACEHOLDER) if num_images else [text]):

@@ -73,7 +73,7 @@ def sentence_piece_text(processor: AnchorFormerProcessor, span: list[int]) -> st
     special = {index: token for token, index in processor.encoder.specials.items()}
     pieces = b""
     for index in span:
-        piece = special.get(index) or processor.encoder._plain.id_to_piece(index).replace("▁", " ")  # type: ignore[attr-defined]
+        piece = special.get(index) or processor.encoder._plain.id_to_piece(index).replace("▁", " ")
         is_byte = piece.startswith("<0x") and index not in special
         pieces += bytes([int(piece[3:5], 16)]) if is_byte else piece.encode()
     return pieces.decode()
@@ -101,7 +101,7 @@ def check(processor: AnchorFormerProcessor, turns: list[tuple[str, str]], num_im
             fresh = [f"{answer}\n" for answer in answers]
             if num_images:
                 seen, expected = [seen[0].replace("\n ", "\n")], ["".join(fresh).replace("\n ", "\n")]
-        if processor.encoder.legacy:  # type: ignore[attr-defined]
+        if processor.encoder.legacy:
             # `legacy: true` puts a prefix after every special token, so also after one inside an answer.
             seen = [text.replace("</s> part", "</s>part") for text in seen]
     else:
