@@ -176,7 +176,8 @@ def _is_declared(path: list[str], hint: Any) -> bool:
 
 
 def _is_plugin(key: str) -> bool:
-    return key.startswith(("model.selector.", "model.connector.", "data.sources."))
+    # Sources are left to their own classes, which load no torch.
+    return key.startswith(("model.selector.", "model.connector."))
 
 
 def _same_last_part(key: str, valid: Iterable[str]) -> list[str]:

@@ -6,6 +6,8 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import secrets
+import shutil
 import socket
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -138,10 +140,18 @@ def make_start_folder(config: RunConfig) -> Path:
         digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
         folder = Path(config.output_root).resolve() / "models" / digest[:16]
         if not folder.exists():
+            # Two launches at once each write their own; the first to finish gives the name.
+            mine = folder.with_name(f"{folder.name}-{secrets.token_hex(4)}")
             assemble(
-                model.vision, model.language_model, model.selector, model.connector, folder,
+                model.vision, model.language_model, model.selector, model.connector, mine,
                 template=config.stage.template, seed=config.seed,
             )  # fmt: skip
+            try:
+                mine.rename(folder)
+            except OSError:
+                shutil.rmtree(mine)
+                if not folder.is_dir():
+                    raise
     check_folder(folder, model.selector, model.connector)
     return folder
 

@@ -1,0 +1,292 @@
+"""From a composed config to running ranks: run folders, torchrun's command and environment, exit codes, launch/."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import train.__main__ as entry
+from anchorformer.errors import UserError, run_guarded
+from tests.train.tiny_world import write_world
+from train import prepare as preparing
+from train import start as starting
+from train.compose import ROOT, compose
+from train.config import RunConfig
+from train.folder import RunFolder
+
+SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
+
+
+@pytest.fixture
+def world(tmp_path: Path, tiny_backbones: Path) -> list[str]:
+    """Overrides of a run on three captions and the tiny backbones, everything below one folder."""
+    return write_world(tmp_path, tiny_backbones)
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, list[str], dict[str, str]]]:
+    """Runs that would have replaced this process by the agent: folder, command, environment."""
+    calls: list[tuple[Path, list[str], dict[str, str]]] = []
+
+    def execute(path: str, argv: list[str], env: dict[str, str]) -> None:
+        calls.append((Path(argv[-1]), argv, env))
+
+    monkeypatch.setattr(os, "execve", execute)
+    return calls
+
+
+def launch(overrides: Sequence[str]) -> None:
+    entry.main(list(overrides))
+
+
+def test_a_run_folder_is_made_once_and_holds_what_ranks_need(world: list[str], started: list) -> None:
+    launch([*world, "run=first/align"])
+    [(path, argv, _)] = started
+    folder = RunFolder(path)
+    assert {item.name for item in path.iterdir()} == {"config.yaml", "environment.json", "start.txt"}
+    config = folder.read_config()
+    assert config.run == "first/align"
+    assert config.model.connector["ff_mult"] == 4
+    assert (folder.start / "connector.safetensors").is_file()
+    facts = json.loads((path / "environment.json").read_text())
+    assert {"torch", "transformers", "deepspeed"} <= set(facts["versions"])
+    assert argv[argv.index("-m") + 1] == "train.agent"
+
+    with pytest.raises(UserError, match="exists already"):
+        launch([*world, "run=first/align"])
+    # A second run of the same model starts from the same folder; another seed gets its own fresh connector.
+    launch([*world, "run=second"])
+    launch([*world, "run=third", "seed=1"])
+    second, third = (RunFolder(call[0]).start for call in started[1:])
+    assert second == folder.start
+    assert third != folder.start
+    read = [(start / "connector.safetensors").read_bytes() for start in (second, third)]
+    assert read[0] != read[1]
+
+
+def test_two_launches_at_once_get_two_folders(world: list[str], started: list) -> None:
+    launch(world)  # leaves the start folder and the caches behind, so that the next two meet at the run folder
+    unnamed, named = [compose(world), compose(world)], [compose([*world, "run=same"])] * 2
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(_outcome, unnamed)) == ["made", "made"]
+        assert sorted(threads.map(_outcome, named)) == ["exists", "made"]
+    runs = list((started[0][0].parent).glob("align-*"))
+    assert len(runs) == 3
+    assert all((run / "config.yaml").is_file() for run in runs)
+
+
+def _outcome(config: RunConfig) -> str:
+    try:
+        preparing.prepare(config, [])
+    except UserError:
+        return "exists"
+    return "made"
+
+
+def test_resuming_needs_the_same_numbers(world: list[str], started: list) -> None:
+    launch([*world, "run=one"])
+    folder = RunFolder(started[0][0])
+    folder.write_halted(3, "a loss was not finite")
+    launch([*world, "run=one", "resume=auto", "log.every=1"])
+    assert folder.read_config().resume == "auto"
+    assert folder.read_config().log.every == 1
+    assert not folder.halted.exists()
+    with pytest.raises(UserError, match="another config") as caught:
+        launch([*world, "run=one", "resume=auto", "seed=4", "stage.trains.connector.lr=1e-5"])
+    assert "seed (was 0, now 4)" in caught.value.found
+    assert "stage.trains.connector.lr (was 0.001, now 1e-05)" in caught.value.found
+    assert folder.read_config().seed == 0
+    folder.done.touch()
+    launch([*world, "run=one", "resume=auto"])
+    assert len(started) == 2, "a run that is done is not started again"
+
+
+def test_a_stopped_launch_leaves_no_half_run(
+    world: list[str], started: list, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def broken(*_: object) -> Path:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(preparing, "make_start_folder", broken)
+    with pytest.raises(KeyboardInterrupt):
+        launch([*world, "run=one"])
+    assert not (tmp_path / "checkpoints" / "one").exists()
+    monkeypatch.undo()
+
+
+def test_finetune_starts_from_a_finished_run(world: list[str], started: list, tmp_path: Path) -> None:
+    launch([*world, "run=a/align"])
+    align = RunFolder(started[0][0])
+    finetune = [*world[1:], "stage=finetune", f"init_from={align.path}", "run=a/finetune"]
+    with pytest.raises(UserError, match="not done"):
+        launch(finetune)
+    shutil.copytree(align.start, align.model)
+    align.done.touch()
+    launch(finetune)
+    assert RunFolder(started[1][0]).start == align.model
+    with pytest.raises(UserError, match="init_from names no model"):
+        launch([*world, "run=b", f"init_from={tmp_path}/data"])
+
+
+def test_several_nodes_compose_once_and_compare(
+    world: list[str], started: list, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = [*world, "hardware.nodes=2", "run=wide"]
+    with pytest.raises(UserError, match="several nodes"):
+        launch(nodes)
+    launch(["prepare", *nodes])
+    state, folder, digest = capsys.readouterr().out.splitlines()[-1].split()
+    assert state == "prepared"
+    with pytest.raises(UserError, match="no HEAD_ADDR"):
+        launch(["start", folder, digest])
+    monkeypatch.setenv("HEAD_ADDR", "node0")
+    monkeypatch.setenv("NODE_RANK", "1")
+    monkeypatch.setenv("NODE_ADDR", "10.0.0.2")
+    with pytest.raises(UserError, match="another config"):
+        launch(["start", folder, digest[::-1]])
+    launch(["start", folder, digest])
+    [(_, argv, _)] = started
+    assert {"--nnodes=2", "--rdzv-endpoint=node0:29400", "--rdzv-conf=is_host=0", "--local-addr=10.0.0.2"} <= set(argv)
+
+
+def test_environment_of_the_ranks(tmp_path: Path) -> None:
+    config = compose(["stage=align", "hardware=cpu", "data.root=/data", "hardware.threads=3"])
+    outer = {"RANK": "1", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "x", "HOME": "/home/me", "WANDB_MODE": "online"}
+    env = starting.environment(config, outer)
+    assert not {"RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID"} & set(env)
+    assert env["HOME"] == "/home/me"
+    assert env["OMP_NUM_THREADS"] == "3"
+    assert env["DS_ACCELERATOR"] == "cpu"
+    assert env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+    assert env["WANDB_MODE"] == "online", "what the user says stays"
+    assert str(ROOT) in env["PYTHONPATH"].split(os.pathsep)
+    assert "DS_ACCELERATOR" not in starting.environment(compose(["stage=align", "data.root=/data"]), outer)
+
+
+WORKER = """
+import os, signal, sys, time
+from pathlib import Path
+from train.folder import RunFolder
+rank, mode, folder = int(os.environ["RANK"]), sys.argv[1], RunFolder(Path(sys.argv[2]))
+if mode == "mistake" and rank == 1:
+    sys.exit(2)
+if mode == "killed" and rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+if mode == "halted":
+    folder.write_halted(3, "no gradient")
+    sys.exit(1 if rank else 3)
+(folder.path / f"started_{rank}").touch()
+if mode != "well":
+    time.sleep(60)
+"""
+
+
+def agent(tmp_path: Path, mode: str) -> subprocess.Popen[str]:
+    worker = tmp_path / "worker.py"
+    worker.write_text(WORKER)
+    argv = [sys.executable, "-m", "train.agent", "--standalone", "--nproc-per-node=2", str(worker), mode, str(tmp_path)]
+    config = compose(["stage=align", "hardware=cpu", "data.root=/data"])
+    env = starting.environment(config, os.environ)
+    return subprocess.Popen(argv, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.mark.parametrize(
+    ("mode", "code"),
+    [
+        ("mistake", 2),
+        pytest.param("halted", 3, marks=pytest.mark.slow),
+        pytest.param("killed", 137, marks=pytest.mark.slow),
+        pytest.param("well", 0, marks=pytest.mark.slow),
+    ],
+)
+def test_the_agent_ends_as_its_ranks_do(tmp_path: Path, mode: str, code: int) -> None:
+    process = agent(tmp_path, mode)
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode == code, errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_agent_reaches_its_ranks(tmp_path: Path) -> None:
+    process = agent(tmp_path, "sleeping")
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("started_*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=40)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in errors
+
+
+def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHON": sys.executable, "HEAD_ADDR": "node0", "NODE_RANK": "1"}
+    return subprocess.run(list(arguments), capture_output=True, text=True, env=env, cwd="/")
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, ROOT / "launch" / "slurm.sbatch"], ids=lambda path: path.name)
+def test_scripts_are_sound_bash(script: Path) -> None:
+    assert run_script("bash", "-n", str(script)).returncode == 0
+    if shutil.which("shellcheck"):
+        done = subprocess.run(["shellcheck", "-x", str(script)], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(("script", "ranks"), [("cpu.sh", 2), ("one_gpu.sh", 1), ("a100.sh", 8)])
+def test_a_dry_run_prints_the_config_and_the_command(script: str, ranks: int) -> None:
+    before = set((ROOT / "checkpoints").iterdir())
+    done = run_script(str(ROOT / "launch" / script), "--dry-run", "stage=align", "data.root=/data", "run=dry")
+    assert done.returncode == 0, done.stderr
+    assert f"--nproc-per-node={ranks}" in done.stdout
+    assert "global_batch: 256" in done.stdout
+    assert set((ROOT / "checkpoints").iterdir()) == before
+
+
+def test_two_stages_are_wired() -> None:
+    words = ["--dry-run", "demo", "experiment=smoke", "finetune:stage.max_steps=9", "output_root=/out"]
+    done = run_script(str(ROOT / "launch" / "two_stage.sh"), *words)
+    assert done.returncode == 0, done.stderr
+    align, finetune = done.stdout.split("stage=finetune")
+    assert "max_steps: 9" in finetune
+    assert "max_steps: 9" not in align
+    assert "init_from: /out/demo/align" in finetune
+    assert "run: demo/align" in align
+    assert run_script(str(ROOT / "launch" / "two_stage.sh")).returncode == 2
+
+
+def test_a_node_of_several_starts_by_folder_and_hash() -> None:
+    done = run_script(str(ROOT / "launch" / "multinode.sh"), "--dry-run", "checkpoints/wide", "abc")
+    assert done.returncode == 0, done.stderr
+    assert "-m train start checkpoints/wide abc" in done.stdout
+    assert run_script(str(ROOT / "launch" / "multinode.sh"), "checkpoints/wide").returncode == 2
+
+
+def test_entry_points_report_mistakes_on_one_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    def mistaken() -> None:
+        raise UserError("a key is wrong", found="a", expected="b", remedy="write b")
+
+    with pytest.raises(SystemExit) as caught:
+        run_guarded(mistaken)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: a key is wrong\n  found:    a\n  expected: b\n  remedy:   write b\n"
+    with pytest.raises(ZeroDivisionError):
+        run_guarded(lambda: 1 // 0)
+
+
+def test_verbs_are_the_files_of_their_folder() -> None:
+    assert {"run", "prepare", "start"} <= set(entry.verbs())
+    for verb in entry.verbs():
+        assert verb in entry.usage()
+    with pytest.raises(UserError, match="unknown verb 'prepar'") as caught:
+        launch(["prepar", "stage=align"])
+    assert "'prepare'?" in caught.value.expected
+    assert isinstance(compose(["stage=align", "data.root=/data"]), RunConfig)
