@@ -56,7 +56,7 @@ def run_rank(config: RunConfig, folder: RunFolder, world: World) -> None:
     with loading(config, world, dtype):
         model = load_model(start, dtype)
     freeze(model, config.stage)
-    processor = AutoProcessor.from_pretrained(start, local_files_only=True)
+    processor = AutoProcessor.from_pretrained(start, local_files_only=True).with_template(config.stage.template)
 
     position = checkpoint.find(folder.state, config.resume, world)
     resumed = checkpoint.read_state(position, world, config) if position else None
@@ -70,7 +70,7 @@ def run_rank(config: RunConfig, folder: RunFolder, world: World) -> None:
     if position and resumed:
         checkpoint.restore(position, engine, world)
         log.info("resumed from %s after step %d", position, resumed.step)
-    train(Run(config, folder, world, engine, loader, loader.total_steps, resumed))
+    train(Run(config, folder, world, engine, processor, loader, loader.total_steps, resumed))
 
 
 def prepare_process(config: RunConfig) -> None:

@@ -7,11 +7,11 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from transformers import ProcessorMixin
 
 from anchorformer.contracts import Batch
 from anchorformer.weights import derive_folder
@@ -42,6 +42,7 @@ class Run:
 
     Attributes:
         folder: where records, checkpoints and the trained model go.
+        processor: with the stage's template; goes into the trained model's folder.
         steps: micro-batches of step `resumed.step + 1` first.
         resumed: what the engine was restored from; None at a fresh start.
     """
@@ -50,6 +51,7 @@ class Run:
     folder: RunFolder
     world: World
     engine: Engine
+    processor: ProcessorMixin
     steps: Steps
     total_steps: int
     resumed: TrainerState | None = None
@@ -97,7 +99,7 @@ def train(run: Run) -> None:
     if metrics is not None:
         metrics.close()
     frozen.finish()
-    export(engine, world, config, run.folder.start, run.folder.model)
+    export(run)
     if world.is_main:
         write_atomically(run.folder.done, f"{run.total_steps} steps\n")
     world.barrier()
@@ -118,10 +120,11 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(numbers[1]))
 
 
-def export(engine: Engine, world: World, config: RunConfig, base: Path, out: Path) -> None:
-    """Writes the trained model as a folder like `base`; files of parts that were not trained are linked."""
-    gathered = {part.value: engine.gather(part) for part in config.stage.trains}
-    if world.is_main:
-        derive_folder(base, {part: tensors for part, tensors in gathered.items() if tensors is not None}, out)
+def export(run: Run) -> None:
+    """Writes the trained model as a folder like the start's; files of parts that were not trained are linked."""
+    gathered = {part.value: run.engine.gather(part) for part in run.config.stage.trains}
+    trained = {part: tensors for part, tensors in gathered.items() if tensors is not None}
+    if run.world.is_main:
+        out = derive_folder(run.folder.start, trained, run.folder.model, run.processor)
         log.info("wrote %s", out)
-    world.barrier()
+    run.world.barrier()

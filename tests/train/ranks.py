@@ -40,7 +40,7 @@ class Ranks:
             self._start()
         for pipe in self._pipes:
             pipe.send((inspect.getfile(job), job.__name__, arguments))
-        results = [pipe.recv() if pipe.poll(SECONDS) else ("error", "no answer in time") for pipe in self._pipes]
+        results = [_answer(pipe) for pipe in self._pipes]
         errors = [f"rank {rank}: {value}" for rank, (kind, value) in enumerate(results) if kind == "error"]
         if errors:
             self.close()
@@ -67,6 +67,13 @@ class Ranks:
         for pipe in self._pipes:
             pipe.close()
         self._processes, self._pipes = [], []
+
+
+def _answer(pipe: Connection) -> tuple[str, Any]:
+    try:
+        return pipe.recv() if pipe.poll(SECONDS) else ("error", "no answer in time")
+    except EOFError:
+        return "error", "the process was killed"
 
 
 def serve(rank: int, size: int, port: int, pipe: Connection) -> None:

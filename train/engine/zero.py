@@ -102,7 +102,7 @@ class ZeroEngine(Engine):
     def gather(self, part: Part) -> dict[str, Tensor] | None:
         tensors = part_state(self.model, part.value)
         if self._stage == 3:
-            from deepspeed.zero import GatheredParameters
+            from deepspeed.runtime.zero import GatheredParameters
 
             parameters = dict(self.model.named_parameters())
             for name in tensors:
