@@ -69,7 +69,8 @@ def compose_scan(overrides: Sequence[str]) -> ScanConfig:
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(
             "the config cannot be composed", found=" / ".join(str(error).splitlines()[:2]),
-            expected="groups and keys that exist, and values that Hydra can read", remedy="python -m data --help",
+            expected="data=" + "|".join(sorted(path.stem for path in (CONF / "data").glob("*.yaml"))),
+            remedy="python -m data --help",
         ) from None
     if missing:
         raise UserError(

@@ -12,7 +12,7 @@ import numpy as np
 from anchorformer.errors import UserError
 
 MicroBatches = list[list[int]]
-"""Of one rank: places in the global batch, one list per micro-batch, empty where a rank only keeps step."""
+"""Of one rank: places in the global batch, one list per micro-batch."""
 
 
 def permutation(count: int, *key: object) -> np.ndarray:
@@ -136,29 +136,25 @@ def plan_step(
         raise ValueError(f"a sample of {max(lengths)} positions exceeds the token budget of {token_budget}")
     shares = _deal(range(len(lengths)), lengths, world_size, len(lengths) // world_size, None)
     assert shares is not None
-    needed = [_fewest(share, lengths, micro_batch, token_budget) for share in shares]
-    count = max(len(bins) for bins in needed)
+    # Micro-batches that the neediest rank needs; the others spread their samples over as many, so that none is empty.
+    count = max(_at_least(share, lengths, micro_batch, token_budget) for share in shares)
+    dealt = [_deal(share, lengths, count, micro_batch, token_budget) for share in shares]
+    while any(bins is None for bins in dealt):
+        count += 1
+        dealt = [_deal(share, lengths, count, micro_batch, token_budget) for share in shares]
     plan = []
-    for share, bins in zip(shares, needed, strict=True):
-        # Spreading a rank's samples over all the micro-batches that the neediest rank needs costs nothing. It can fail
-        # in rare cases in which fewer did fit; then the rest stay empty.
-        spread = _deal(share, lengths, count, micro_batch, token_budget)
-        if spread is None:
-            spread = bins + [[] for _ in range(count - len(bins))]
-        spread.sort(key=lambda places: (-sum(lengths[place] for place in places), places))
-        plan.append([sorted(places) for places in spread])
+    for bins in dealt:
+        assert bins is not None
+        bins.sort(key=lambda places: (-sum(lengths[place] for place in places), places))
+        plan.append([sorted(places) for places in bins])
     return plan
 
 
-def _fewest(
-    places: Sequence[int], lengths: Sequence[int], micro_batch: int, token_budget: int | None
-) -> list[list[int]]:
-    count = math.ceil(len(places) / micro_batch)
-    if token_budget is not None:
-        count = max(count, math.ceil(sum(lengths[place] for place in places) / token_budget))
-    while (bins := _deal(places, lengths, count, micro_batch, token_budget)) is None:
-        count += 1
-    return bins
+def _at_least(places: Sequence[int], lengths: Sequence[int], micro_batch: int, token_budget: int | None) -> int:
+    by_samples = math.ceil(len(places) / micro_batch)
+    if token_budget is None:
+        return by_samples
+    return max(by_samples, math.ceil(sum(lengths[place] for place in places) / token_budget))
 
 
 def _deal(

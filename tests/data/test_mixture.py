@@ -1,0 +1,162 @@
+"""Lengths, the over-length rule and weights: which records an epoch holds, and what is said about the others."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+
+from anchorformer.contracts import IGNORE_INDEX
+from anchorformer.errors import UserError
+from anchorformer.processing import AnchorFormerProcessor
+from data import lengths
+from data.config import Overlength
+from data.encoder import fingerprint, turns_of
+from data.mixture import Mixture, open_sources
+
+
+def test_tokens_are_what_encode_gives(filled: Any, processor: AnchorFormerProcessor) -> None:
+    mixture = Mixture(filled.config(), processor)
+    assert len(mixture) == 12
+    for number in range(12):
+        record = mixture[number]
+        assert record.id == mixture.sample_id(number) == f"own/{number}"
+        assert mixture.tokens[number] == processor.measure(turns_of(record), len(record.images)).length
+
+
+def test_more_anchors_are_counted(filled: Any, processor: AnchorFormerProcessor) -> None:
+    wider = AnchorFormerProcessor(processor.image_transform, processor.tokenizer, num_image_tokens=50, template="chat")
+    few, many = Mixture(filled.config(), processor), Mixture(filled.config(), wider)
+    added = (many.tokens - few.tokens).tolist()
+    assert added == [0 if number % 3 == 2 else 50 - processor.num_image_tokens for number in range(12)]
+
+
+def test_lengths_are_counted_once_per_processor(
+    filled: Any, processor: AnchorFormerProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = filled.config()
+    first = Mixture(config, processor)
+    assert fingerprint(processor) != fingerprint(processor.with_template("v1"))
+    monkeypatch.setattr(lengths, "_count", lambda *_: pytest.fail("counted again"))
+    assert Mixture(config, processor).tokens.tolist() == first.tokens.tolist()
+    with pytest.raises(pytest.fail.Exception):
+        Mixture(config, processor.with_template("v1"))
+
+
+@pytest.mark.slow
+def test_processes_count_the_same(
+    filled: Any, processor: AnchorFormerProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for index in range(300):
+        filled.add(f"more{index}", None, "b" * index)
+    ((source, _),) = open_sources(filled.config())
+    alone = lengths._count(source, processor, 1)
+    monkeypatch.setattr(lengths, "PARALLEL_FROM", 0)
+    monkeypatch.setattr(lengths, "CHUNK", 50)
+    assert lengths._count(source, processor, 2).tolist() == alone.tolist()
+
+
+def _long_prompt_and_long_answer(corpus: Any) -> None:
+    corpus.image("a.png")
+    for index in range(8):
+        corpus.add(f"fits{index}", "a.png", "short?", "yes")
+    corpus.add("long answer", "a.png", "tell me", "word " * 40)
+    corpus.add("long prompt", "a.png", "word " * 40, "yes")
+
+
+def test_error_names_ids_and_lengths(corpus: Any, processor: AnchorFormerProcessor) -> None:
+    _long_prompt_and_long_answer(corpus)
+    with pytest.raises(UserError, match="longer than data.max_length") as caught:
+        Mixture(corpus.config(max_length=60), processor)
+    assert "own/long answer (" in caught.value.found
+    assert "own/long prompt (" in caught.value.found
+    assert caught.value.what.startswith("2 record(s)")
+
+
+def test_drop_is_counted_and_has_a_ceiling(corpus: Any, processor: AnchorFormerProcessor) -> None:
+    _long_prompt_and_long_answer(corpus)
+    mixture = Mixture(corpus.config(max_length=60, overlength="drop", max_dropped_share=0.2), processor)
+    assert (len(mixture), mixture.num_dropped) == (8, 2)
+    assert mixture.tokens.max() <= 60
+    with pytest.raises(UserError, match="too many records") as caught:
+        Mixture(corpus.config(max_length=60, overlength="drop", max_dropped_share=0.19), processor)
+    assert "2 of 10; own: 2 too long (long answer, long prompt)" in caught.value.found
+
+
+def test_truncating_keeps_all_anchors_and_a_target(corpus: Any, processor: AnchorFormerProcessor) -> None:
+    _long_prompt_and_long_answer(corpus)
+    mixture = Mixture(corpus.config(max_length=60, overlength="truncate_answer", max_dropped_share=0.1), processor)
+    names = [mixture.sample_id(number) for number in range(len(mixture))]
+    assert names[-1] == "own/long answer"
+    assert mixture.num_dropped == 1, "cutting the long prompt would leave nothing to learn"
+    record = mixture[len(names) - 1]
+    example = processor.encode(
+        turns_of(record), [_white()], sample_id="x", max_length=60, overlength=Overlength.truncate_answer.value
+    )
+    assert example.input_ids_S.numel() == mixture.tokens[len(names) - 1] == 60
+    assert (example.input_ids_S == processor.image_token_id).sum() == processor.num_image_tokens
+    assert (example.labels_S != IGNORE_INDEX).any()
+
+
+def _white() -> Any:
+    from PIL import Image
+
+    return Image.new("RGB", (3, 3), "white")
+
+
+def test_records_without_targets_are_left_out(corpus: Any, processor: AnchorFormerProcessor) -> None:
+    for index in range(9):
+        corpus.add(index)
+    corpus.records.append({"id": "asks", "conversations": [{"from": "human", "value": "hello?"}]})
+    mixture = Mixture(corpus.config(max_dropped_share=0.1), processor)
+    assert (len(mixture), mixture.num_dropped) == (9, 1)
+    corpus.records[:9] = []
+    with pytest.raises(UserError, match="too many") as caught:
+        Mixture(corpus.config(max_dropped_share=1.0), processor)
+    assert "1 without targets (asks)" in caught.value.found
+
+
+@pytest.mark.parametrize("marks", [0, 2])
+def test_count_mismatch_names_the_record(corpus: Any, processor: AnchorFormerProcessor, marks: int) -> None:
+    corpus.add("fine")
+    corpus.add("crooked", "a.png")
+    corpus.records[-1]["conversations"][0]["value"] = "<image>" * marks + "what?"
+    with pytest.raises(UserError, match="own/crooked") as caught:
+        Mixture(corpus.config(), processor)
+    assert str(marks) in caught.value.found
+
+
+def test_weights_are_passes_per_epoch(filled: Any, processor: AnchorFormerProcessor) -> None:
+    spec = filled.write()
+    sources = {
+        "half": {**spec, "weight": 0.5}, "once": spec, "more": {**spec, "weight": 2.25}, "never": {**spec, "weight": 0},
+    }  # fmt: skip
+    mixture = Mixture(filled.config(sources=sources), processor)
+    assert len(mixture) == 6 + 12 + 27
+    epochs = [Counter(mixture.sample_id(n) for n in mixture.epoch(epoch, seed=4).tolist()) for epoch in range(4)]
+    for counts in epochs:
+        assert sum(counts.values()) == len(mixture)
+        assert all(counts[f"once/{index}"] == 1 for index in range(12))
+        assert sorted(counts[f"more/{index}"] for index in range(12)) == [2] * 9 + [3] * 3
+        assert not any(name.startswith("never") for name in counts)
+    assert all((epochs[0] + epochs[1])[f"half/{index}"] == 1 for index in range(12)), "the other half comes next"
+    assert all(sum(counts[f"more/{index}"] for counts in epochs) == 9 for index in range(12))
+    assert np.array_equal(mixture.epoch(1, seed=4), mixture.epoch(1, seed=4))
+    assert not np.array_equal(mixture.epoch(0, seed=4), mixture.epoch(0, seed=5))
+
+
+@pytest.mark.parametrize(("change", "expected"), [
+    ({"root": "/no/such/folder"}, "data.root"),
+    ({"sources": {"own": {"_target_": "data.sources.llava.LlavaConfig", "annotations": "x", "weight": -1}}}, "negative"),
+    ({"sources": {"own": {"_target_": "data.sources.llava.LlavaConfig", "annotations": "x", "weight": 0}}}, "nothing"),
+    ({"sources": {"own": {"_target_": "data.sources.llava.LlavaConfig", "annotation": "x"}}}, "do not fit"),
+    ({"sources": {"own": {"_target_": "os.path.join"}}}, "does not name"),
+])  # fmt: skip
+def test_config_mistakes(
+    corpus: Any, processor: AnchorFormerProcessor, change: dict[str, Any], expected: str
+) -> None:
+    corpus.add(1)
+    with pytest.raises(UserError, match=expected):
+        Mixture(corpus.config(**change), processor)
