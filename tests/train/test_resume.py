@@ -137,7 +137,8 @@ def test_nothing_to_resume_starts_afresh(tmp_path: Path) -> None:
 
 
 def test_another_configuration_is_refused(saved: RunFolder, make_run: MakeRun) -> None:
-    other = make_run("other", {"connector": {"lr": 5e-3}}, stage__max_steps=2, resume=str(saved.state / "step-00000002"))
+    newest = str(saved.state / "step-00000002")
+    other = make_run("other", {"connector": {"lr": 5e-3}}, stage__max_steps=2, resume=newest)
     with pytest.raises(UserError, match="another configuration"):
         run_until(alone(), str(other.path))
 

@@ -42,6 +42,7 @@ class ZeroEngine(Engine):
         self._deepspeed, _, _, self.scheduler = deepspeed.initialize(
             model=model, optimizer=optimizer, lr_scheduler=scheduler, config=deepspeed_config(config, world, dtype)
         )
+        self._deepspeed.checkpoint_engine.load = _load_weights_only
         self.model = self._deepspeed.module
         self._stage = config.zero.stage
         assert_declared(self.model, config.stage, optimized)
@@ -150,6 +151,15 @@ def deepspeed_config(config: RunConfig, world: World, dtype: torch.dtype) -> dic
         "bf16": {"enabled": dtype == torch.bfloat16},
         "wall_clock_breakdown": False,
     }
+
+
+def _load_weights_only(path: str, map_location: Any = None) -> Any:
+    """DeepSpeed's reading of a checkpoint file without its permission to run whatever the file says."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum]):
+        return torch.load(path, map_location=map_location, weights_only=True)
 
 
 @contextmanager
