@@ -13,10 +13,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from anchorformer.contracts import Batch, Example
 from anchorformer.errors import UserError
+from anchorformer.images import open_image
 from data.collate import collate, make_filler
 from data.config import DataConfig, OnBadImage
 from data.encoder import Encoder, turns_of
-from data.images import load, locate
+from data.images import locate
 from data.mixture import Mixture
 from data.sampler import Sampler, SamplerState, plan_step
 
@@ -170,16 +171,16 @@ class _Assembly(Dataset[Batch | UserError]):
         record = self._mixture[number]
         images = []
         for ref in record.images:
-            locate(ref)
             try:
-                images.append(load(ref))
+                place = locate(ref)
+            except UserError as error:
+                raise _of_sample(record.id, error) from None
+            try:
+                images.append(open_image(place, name=str(ref.path or "an image")))
             except UserError as error:
                 if self._config.on_bad_image is OnBadImage.skip:
                     return None
-                raise UserError(
-                    f"sample {record.id}: {error.what}", found=error.found, expected=error.expected,
-                    remedy=f"{error.remedy}; data.on_bad_image=skip leaves such samples out and counts them",
-                ) from None
+                raise _of_sample(record.id, error) from None
         example = self._processor.encode(
             turns_of(record), images, sample_id=record.id, max_length=self._config.max_length,
             overlength=self._config.overlength.value,
@@ -193,6 +194,12 @@ class _Assembly(Dataset[Batch | UserError]):
                 remedy="the text rules have changed since; remove the *.lengths.npy files in that folder",
             )
         return example
+
+
+def _of_sample(sample_id: str, error: UserError) -> UserError:
+    return UserError(
+        f"sample {sample_id}: {error.what}", found=error.found, expected=error.expected, remedy=error.remedy
+    )
 
 
 def _unwrap(result: Batch | UserError) -> Batch:

@@ -82,6 +82,8 @@ class HuggingfaceConfig(SourceConfig):
         """The rows with images left encoded, and what identifies them."""
         if (local / "dataset_info.json").is_file() or (local / "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(str(local))
+            if isinstance(loaded, datasets.DatasetDict) and self.split not in loaded:
+                raise ValueError(f"splits {sorted(loaded)} in {local}")
             rows = loaded[self.split] if isinstance(loaded, datasets.DatasetDict) else loaded
             version = _stamp(sorted(local.rglob("*")))
         elif local.is_dir() or local.is_file():

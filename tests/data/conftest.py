@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +40,18 @@ def processor() -> AnchorFormerProcessor:
     return AnchorFormerProcessor(ImageTransform(14, (1, 2, 3)), fast, num_image_tokens=ANCHORS, template="chat")
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\n"
+
+
+def _png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds no pixels."""
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
 @dataclass
 class Corpus:
     """A folder in LLaVA's format that a test fills record by record."""
@@ -52,6 +66,16 @@ class Corpus:
         colour: Any = (shade, 7, 9, 11)[: len(mode)] if len(mode) > 1 else shade
         Image.new(mode, size, colour).save(path, **options)
         return path
+
+    def spoil(self, name: str, how: str) -> None:
+        """Damages an image: missing, empty, truncated, text (a git-LFS pointer) or bomb (a header of 10^10 pixels)."""
+        path = self.root / "images" / name
+        content = path.read_bytes()
+        path.unlink()
+        if how == "bomb":
+            path.write_bytes(_png_header(100_000, 100_000))
+        elif how != "missing":
+            path.write_bytes({"empty": b"", "truncated": content[: len(content) // 2], "text": POINTER}[how])
 
     def add(self, record_id: Any, image: Any = None, question: str = "what?", answer: str = "this") -> None:
         images = [] if image is None else image if isinstance(image, list) else [image]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -108,39 +106,22 @@ def test_token_budget_bounds_micro_batches(filled: Any, processor: AnchorFormerP
     assert "the longest sample" in caught.value.expected
 
 
-def _png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds no pixels: what a decompression bomb's header looks like."""
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
-
-
-def _spoil(path: Path, how: str) -> None:
-    content = path.read_bytes()
-    if how == "missing":
-        path.unlink()
-    elif how == "empty":
-        path.write_bytes(b"")
-    elif how == "truncated":
-        path.write_bytes(content[: len(content) // 2])
-    elif how == "text":
-        path.write_text("version https://git-lfs.github.com/spec/v1\n")
-    else:
-        path.write_bytes(_png_header(100_000, 100_000))
-
-
 BAD = ("missing", "empty", "truncated", "text", "bomb")
 
 
 @pytest.mark.parametrize("how", BAD)
 def test_bad_image_is_an_error_with_path_and_id(filled: Any, processor: AnchorFormerProcessor, how: str) -> None:
-    _spoil(filled.root / "images/4.png", how)
+    filled.spoil("4.png", how)
     with pytest.raises(UserError, match="own/4") as caught:
         list(Loader(_Run(filled.config()), processor, 0, 1))
     assert "4.png" in caught.value.what
-    assert "on_bad_image=skip" in caught.value.remedy
+    assert caught.value.remedy
+
+
+def test_a_worker_s_error_is_the_user_s_error(filled: Any, processor: AnchorFormerProcessor) -> None:
+    filled.spoil("4.png", "missing")
+    with pytest.raises(UserError, match="own/4"):
+        list(Loader(_Run(filled.config(num_workers=1)), processor, 0, 1))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -149,7 +130,7 @@ def test_skipping_is_deterministic_and_counted(
 ) -> None:
     good = list(Loader(_Run(filled.config()), processor, 0, 1))
     for index, how in zip((0, 1, 3, 4, 6), BAD, strict=True):
-        _spoil(filled.root / f"images/{index}.png", how)
+        filled.spoil(f"{index}.png", how)
     bad = {f"own/{index}" for index in (0, 1, 3, 4, 6)}
     run = _Run(filled.config(on_bad_image="skip", max_dropped_share=0.42, num_workers=workers))
     skipped = list(Loader(run, processor, 0, 1))
@@ -187,7 +168,7 @@ def test_a_link_out_of_the_root_is_never_skipped(
     corpus.add("sly", "link/secret.png")
     config = corpus.config(on_bad_image=policy, max_dropped_share=1.0)
     run = _Run(config, _Stage(1, 1.0), _Hardware(1))
-    with pytest.raises(UserError, match="outside its root") as caught:
+    with pytest.raises(UserError, match=r"own/sly.*outside its root") as caught:
         list(Loader(run, processor, 0, 1))
     assert "linked_roots" in caught.value.remedy
     allowed = {**corpus.write(), "linked_roots": [str(outside)]}

@@ -16,6 +16,8 @@ from data.config import Overlength
 from data.encoder import fingerprint, turns_of
 from data.mixture import Mixture, open_sources
 
+LLAVA = {"_target_": "data.sources.llava.LlavaConfig"}
+
 
 def test_tokens_are_what_encode_gives(filled: Any, processor: AnchorFormerProcessor) -> None:
     mixture = Mixture(filled.config(), processor)
@@ -68,7 +70,7 @@ def _long_prompt_and_long_answer(corpus: Any) -> None:
 
 def test_error_names_ids_and_lengths(corpus: Any, processor: AnchorFormerProcessor) -> None:
     _long_prompt_and_long_answer(corpus)
-    with pytest.raises(UserError, match="longer than data.max_length") as caught:
+    with pytest.raises(UserError, match="are longer than") as caught:
         Mixture(corpus.config(max_length=60), processor)
     assert "own/long answer (" in caught.value.found
     assert "own/long prompt (" in caught.value.found
@@ -149,9 +151,9 @@ def test_weights_are_passes_per_epoch(filled: Any, processor: AnchorFormerProces
 
 @pytest.mark.parametrize(("change", "expected"), [
     ({"root": "/no/such/folder"}, "data.root"),
-    ({"sources": {"own": {"_target_": "data.sources.llava.LlavaConfig", "annotations": "x", "weight": -1}}}, "negative"),
-    ({"sources": {"own": {"_target_": "data.sources.llava.LlavaConfig", "annotations": "x", "weight": 0}}}, "nothing"),
-    ({"sources": {"own": {"_target_": "data.sources.llava.LlavaConfig", "annotation": "x"}}}, "do not fit"),
+    ({"sources": {"own": {**LLAVA, "annotations": "x", "weight": -1}}}, "negative"),
+    ({"sources": {"own": {**LLAVA, "annotations": "x", "weight": 0}}}, "nothing"),
+    ({"sources": {"own": {**LLAVA, "annotation": "x"}}}, "do not fit"),
     ({"sources": {"own": {"_target_": "os.path.join"}}}, "does not name"),
 ])  # fmt: skip
 def test_config_mistakes(
