@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,8 @@ GROUPS = read_groups()
 STAGES = ("align", "finetune")
 # What no YAML can know.
 GIVEN = ["run=test", "data.root=/data", "init_from=/model"]
+# The tiny experiments' batches do not fill sixteen ranks otherwise.
+SMALL = "hardware.micro_batch=1"
 
 
 def composed(*overrides: str) -> RunConfig:
@@ -36,6 +39,38 @@ def test_every_yaml_composes_into_a_run(group: str, option: str, stage: str) -> 
     assert config.stage.name.value == stage
     # Through the file that ranks read, nothing is lost.
     assert parse(RunConfig, yaml.safe_load(yaml.safe_dump(to_plain(config))), "config.yaml") == config
+
+
+def pairwise(groups: dict[str, list[str]]) -> list[dict[str, str]]:
+    """Few choices, one option per group each, in which every two options of different groups meet."""
+    missing = {
+        ((g, o), (h, p)) for g, h in itertools.combinations(sorted(groups), 2) for o in groups[g] for p in groups[h]
+    }
+    rows = []
+    while missing:
+        row: dict[str, str] = dict(min(missing))
+        for group in sorted(groups.keys() - row.keys()):
+            met = {o: sum(tuple(sorted(((group, o), k))) in missing for k in row.items()) for o in groups[group]}
+            row[group] = max(groups[group], key=lambda option: met[option])
+        missing -= set(itertools.combinations(sorted(row.items()), 2))
+        rows.append(row)
+    return rows
+
+
+def test_options_of_any_two_groups_go_together() -> None:
+    rows = pairwise(GROUPS)
+    assert len(rows) < 120, "a cover, not the product"
+    for row in rows:
+        config = composed(*(f"{group}={option}" for group, option in row.items()), SMALL)
+        assert config.stage.name.value == row["stage"]
+        assert config.zero.stage == int(row["zero"].removeprefix("zero"))
+
+
+@pytest.mark.slow
+def test_every_experiment_composes_with_all_parts() -> None:
+    names = ("stage", "experiment", "selector", "connector")
+    for options in itertools.product(*(GROUPS[name] for name in names)):
+        composed(*(f"{name}={option}" for name, option in zip(names, options, strict=True)), SMALL)
 
 
 def test_every_folder_of_conf_is_a_group_and_every_experiment_part_belongs_to_one() -> None:
