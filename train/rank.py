@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import TracebackType
 
 import torch
 
@@ -97,6 +98,13 @@ def start_logging(folder: RunFolder) -> None:
     for handler in handlers:
         handler.setFormatter(form)
     logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
+    sys.excepthook = _log_crash
+
+
+def _log_crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    # The ranks' output is interleaved on one terminal; each crash is also kept whole in the log of its own rank.
+    log.critical("this rank crashed", exc_info=(kind, error, trace))
+    sys.__excepthook__(kind, error, trace)
 
 
 if __name__ == "__main__":
