@@ -72,7 +72,7 @@ def _has_stack(connector: Mapping[str, Tensor]) -> bool:
 
 
 def _published_name(ours: str, stack: bool) -> str:
-    """A tensor's published name. Behind a stack (module 0) the two linears are modules 1 and 3, alone they are 0 and 2."""
+    """A tensor's published name; the two linears are modules 1 and 3 behind a stack (module 0), alone 0 and 2."""
     if ours == "queries_TV":
         return _LATENTS
     part, _, rest = ours.partition(".")

@@ -37,7 +37,7 @@ def attend(
     """softmax(q k^T scale) v for rectangles.
 
     Args:
-        causal: position i of the queries sees keys 0..i; queries and keys are then equally many.
+        causal: query i sees keys 0..i; later keys (the unused end of a static cache) are seen by none.
         mask: bool, broadcastable to (B, H, S, T), True = may attend; not together with `causal`.
         backend: `matmul` or `sdpa` where a test or a bench asks for one; otherwise chosen.
 
@@ -181,7 +181,6 @@ def _text_mask(
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
     use_vmap: bool = False,
-    allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> Tensor | None:
     """transformers' mask signature: None where plain causality says it all, else a bool mask (B, 1, S, T).
@@ -199,8 +198,6 @@ def _text_mask(
         attention_mask=attention_mask,
         local_size=local_size,
         use_vmap=use_vmap,
-        # With more keys than queries "causal" has two readings (a filled and an empty cache): spell the mask out.
-        allow_is_causal_skip=allow_is_causal_skip and (square or q_length == 1),
         **kwargs,
     )
 
