@@ -53,14 +53,14 @@ class EvalConfig(Schema):
     data: EvalDataConfig
     conditions: tuple[Condition, ...] = (Condition.right,)
     """Every task is run once per condition."""
-    batch_size: int = 32
+    batch_size: int = 64
     """Questions answered together; scores do not depend on it."""
     limit: int | None = None
     """Only the first so many questions of each task."""
     seed: int = 0
     """Decides which other image a question gets under `shuffled`."""
     template: str | None = None
-    """Conversation template; null is that of the run's stage, or for a model folder its own."""
+    """Conversation template; null is the one the model was trained with."""
     device: Device = Device.auto
     precision: Precision = Precision.auto
     """`auto` is bf16 on CUDA and fp32 on CPU, where scores are then equal for every batch size."""
@@ -78,7 +78,7 @@ class EvalConfig(Schema):
         for name in ("batch_size", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UserError(f"{name} is too small", found=value, expected="1 or more", remedy=f"set {name}=32")
+                raise UserError(f"{name} is too small", found=value, expected="1 or more", remedy=f"set {name}=64")
         if not self.conditions or len(set(self.conditions)) < len(self.conditions):
             raise UserError(
                 "conditions must name each once",

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
-
 from anchorformer.errors import UserError
 from anchorformer.schema import parse_plugin
 from evals.config import EvalConfig
@@ -51,14 +49,3 @@ def model_folder(name: str) -> Path:
         expected="a finished run (with model/ in it) or a model folder (with config.json)",
         remedy="finish the run, or pass the folder that `python -m anchorformer.assemble` wrote",
     )
-
-
-def template_of(config: EvalConfig) -> str | None:
-    """The conversation template that is asked for: the config's, else that of the run's stage, else None.
-
-    A model folder keeps the template it was assembled with; the run knows which one its stage was trained with.
-    """
-    run = Path(config.model) / "config.yaml"
-    if config.template is not None or not run.is_file():
-        return config.template
-    return str(yaml.safe_load(run.read_text("utf-8"))["stage"]["template"])

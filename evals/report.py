@@ -14,14 +14,16 @@ from evals.config import Condition
 STAGE_ORDER = ("align", "finetune")
 WINDOW = 10
 """Steps over which the losses at the start and at the end are averaged."""
-TIMINGS = "timings.json"
-"""Seconds per part that is no training stage and no evaluation: `{"install": 112.4, ...}`."""
-
 Row = Sequence[str]
+Steps = Mapping[str, Sequence[Mapping[str, Any]]]
+Results = Mapping[str, Mapping[str, Mapping[Condition, Mapping[str, Any]]]]
 
 
-def report(folder: Path) -> str:
+def report(folder: Path, others: Mapping[str, Path] | None = None) -> str:
     """The report of a run folder, or of the folder that holds a run's stages, as Markdown.
+
+    Args:
+        others: part -> JSON file that says under `seconds` how long it took (a number, or numbers by name).
 
     Raises:
         UserError: no stage has been trained there, or one of the files cannot be read.
@@ -41,8 +43,8 @@ def report(folder: Path) -> str:
             f"Losses are means over the first and the last {WINDOW} steps, per supervised token.\n",
             *_accuracies(results),
             "## Seconds per part\n",
-            _table(("part", "seconds"), list(_seconds(folder, steps, results))),
-            f"Machine: {_machine(environments[0])}\n",
+            _table(("part", "seconds"), list(_seconds(others or {}, steps, results))),
+            *_machines(environments, results),
         ]
     )
 
@@ -50,8 +52,16 @@ def report(folder: Path) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m evals.report", description=__doc__)
     parser.add_argument("folder", type=Path, help="folder of a run's stages (checkpoints/<run>) or of one stage")
-    folder = parser.parse_args().folder
-    text = report(folder)
+    parser.add_argument(
+        "--seconds",
+        action="append",
+        default=[],
+        metavar="PART=FILE",
+        help="also show how long a part took that is no stage: a JSON file with `seconds` (may be given again)",
+    )
+    options = parser.parse_args()
+    folder = options.folder
+    text = report(folder, {name: Path(path) for name, _, path in (item.partition("=") for item in options.seconds)})
     beside = folder / "report.md.tmp"
     beside.write_text(text, "utf-8")
     beside.replace(folder / "report.md")
@@ -112,7 +122,7 @@ def _results(folder: Path) -> dict[str, dict[Condition, dict[str, Any]]]:
     return by_task
 
 
-def _accuracies(results: Mapping[str, Mapping[str, Mapping[Condition, Mapping[str, Any]]]]) -> Iterable[str]:
+def _accuracies(results: Results) -> Iterable[str]:
     rows = [
         (
             stage,
@@ -142,26 +152,28 @@ def _margin(by_condition: Mapping[Condition, Mapping[str, Any]]) -> str:
     return "" if right is None or shuffled is None else f"{right - shuffled:+.3f}"
 
 
-def _seconds(
-    folder: Path,
-    steps: Mapping[str, Sequence[Mapping[str, Any]]],
-    results: Mapping[str, Mapping[str, Mapping[Condition, Mapping[str, Any]]]],
-) -> Iterable[Row]:
+def _seconds(others: Mapping[str, Path], steps: Steps, results: Results) -> Iterable[Row]:
     parts: dict[str, float] = {}
-    if (folder / TIMINGS).is_file():
-        parts |= _json(folder / TIMINGS)
+    for name, path in others.items():
+        taken = _json(path)["seconds"]
+        parts |= {f"{name}: {key}": value for key, value in taken.items()} if isinstance(taken, dict) else {name: taken}
     for stage, rows in steps.items():
-        parts.setdefault(stage, sum(row["time"]["seconds"] for row in rows))
-    for stage, tasks in results.items():
-        if tasks:
-            spent = sum(result["time"]["seconds"] for task in tasks.values() for result in task.values())
-            parts.setdefault(f"evaluation after {stage}", spent)
+        parts[stage] = sum(row["time"]["seconds"] for row in rows)
+        spent = [result["time"]["seconds"] for task in results[stage].values() for result in task.values()]
+        if spent:
+            parts[f"evaluation after {stage}"] = sum(spent)
     yield from ((part, f"{seconds:,.1f}") for part, seconds in parts.items())
     yield ("sum", f"{sum(parts.values()):,.1f}")
 
 
-def _machine(environment: Mapping[str, Any]) -> str:
-    return str(environment["machine"])
+def _machines(environments: Sequence[Mapping[str, Any]], results: Results) -> Iterable[str]:
+    first = environments[0]
+    names = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    hosts = ", ".join(sorted({environment["host"] for environment in environments}))
+    yield f"Trained on {hosts}: Python {first['python']}, {names}; commit {first['commit']}.\n"
+    evaluated = {result["machine"] for stage in results.values() for task in stage.values() for result in task.values()}
+    if evaluated:
+        yield f"Evaluated on {'; '.join(sorted(evaluated))}.\n"
 
 
 def _table(header: Row, rows: Sequence[Row]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
@@ -20,7 +21,6 @@ from anchorformer.weights import MANIFEST, check_folder, load_model, sha256
 from data.collate import collate
 from data.images import load as load_image
 from evals.config import Device, EvalConfig, Precision
-from evals.prepare import template_of
 from evals.questions import Question
 
 
@@ -110,9 +110,8 @@ def load(folder: Path, config: EvalConfig) -> ModelRespondent:
     if precision is Precision.auto:
         precision = Precision.bf16 if device.type == "cuda" else Precision.fp32
     processor = AnchorFormerProcessor.from_pretrained(folder)
-    template = template_of(config)
-    if template is not None:
-        processor = processor.with_template(template)
+    if config.template is not None:
+        processor = processor.with_template(config.template)
     model = load_model(folder, torch.float32 if precision is Precision.fp32 else torch.bfloat16).to(device)
     facts = {
         "model": str(folder),
@@ -121,7 +120,7 @@ def load(folder: Path, config: EvalConfig) -> ModelRespondent:
         "visual_tokens_per_image": processor.num_image_tokens,
         "image_size": processor.image_transform.image_size,
         "precision": precision.value,
-        "device": device.type,
+        "machine": machine(device),
         "batch_size": config.batch_size,
         "versions": {
             "python": platform.python_version(),
@@ -129,6 +128,17 @@ def load(folder: Path, config: EvalConfig) -> ModelRespondent:
         },
     }
     return ModelRespondent(model, processor, config.batch_size, facts)
+
+
+def machine(device: torch.device) -> str:
+    """What the numbers were measured on: the accelerator, or the processor and its cores."""
+    if device.type == "cuda":
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}"
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{os.cpu_count()} cores, {name}, {torch.get_num_threads()} thread(s)"
 
 
 def _device(wanted: Device) -> torch.device:

@@ -13,7 +13,7 @@ from anchorformer.errors import UserError
 from anchorformer.schema import parse_plugin
 from evals.__main__ import CONF, compose_config
 from evals.config import Condition
-from evals.prepare import model_folder, prepare, template_of
+from evals.prepare import model_folder, prepare
 from evals.tasks.base import PACKAGE, TaskConfig
 
 COMMON = ["model=m", "data.root=r"]
@@ -78,14 +78,6 @@ def test_the_model_of_a_run_or_the_folder_itself(tmp_path: Path) -> None:
     assert model_folder(str(tmp_path / "run" / "model")) == tmp_path / "run" / "model"
     with pytest.raises(UserError, match="no such folder"):
         model_folder(str(tmp_path / "absent"))
-
-
-def test_a_run_is_asked_in_the_template_it_was_trained_with(tmp_path: Path) -> None:
-    base = [f"model={tmp_path}", "data.root=r", "task=docvqa_val"]
-    assert template_of(compose_config(base)) is None
-    (tmp_path / "config.yaml").write_text("stage:\n  template: chat\n")
-    assert template_of(compose_config(base)) == "chat"
-    assert template_of(compose_config([*base, "template=v1"])) == "v1"
 
 
 def test_a_refused_command_has_loaded_neither_torch_nor_weights() -> None:

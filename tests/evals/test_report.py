@@ -20,12 +20,14 @@ def write_stage(folder: Path, losses: list[float], evals: dict[str, dict[str, fl
         for step, loss in enumerate(losses, start=1)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 99, "lo')
-    (folder / "environment.json").write_text(json.dumps({"machine": "2 cores of a test"}))
+    (folder / "environment.json").write_text(
+        json.dumps({"host": "here", "python": "3.11", "commit": "abc", "versions": {"torch": "2"}})
+    )
     for task, scores in (evals or {}).items():
         for condition, score in scores.items():
             result: dict[str, Any] = {
                 "task": task, "condition": condition, "metric": "exact_match", "n_scored": 100, "score": score,
-                "time": {"seconds": 1.5},
+                "time": {"seconds": 1.5}, "machine": "2 cores of a test",
             }  # fmt: skip
             (folder / "evals" / f"{task}-{condition}.json").write_text(json.dumps(result))
 
@@ -50,7 +52,8 @@ def test_stages_in_the_order_they_were_trained(run: Path) -> None:
     assert text.index("| align") < text.index("| finetune")
     assert cells(text, "align")[:7] == ["align", "20", "4.000", "0.800", "400", "8.0", "10.0"]
     assert text.splitlines()[0] == "# demo"
-    assert "Machine: 2 cores of a test" in text
+    assert "Trained on here: Python 3.11, torch 2; commit abc." in text
+    assert "Evaluated on 2 cores of a test." in text
 
 
 def test_accuracy_beside_its_baselines(run: Path) -> None:
@@ -64,12 +67,14 @@ def test_accuracy_beside_its_baselines(run: Path) -> None:
     assert rows["doc"][5:9] == ["0.750", "", "", ""]
 
 
-def test_seconds_of_every_part_and_their_sum(run: Path) -> None:
-    (run / "timings.json").write_text(json.dumps({"install": 100.0, "backbones": 150.5}))
-    text = report.report(run)
+def test_seconds_of_every_part_and_their_sum(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "installed").write_text(json.dumps({"seconds": 100}))
+    (tmp_path / "world.json").write_text(json.dumps({"seconds": {"clip": 150.5, "llama": 49.5}, "other": 1}))
+    text = report.report(run, {"install": tmp_path / "installed", "mini world": tmp_path / "world.json"})
     assert cells(text, "install") == ["install", "100.0"]
+    assert cells(text, "mini world: clip") == ["mini world: clip", "150.5"]
     assert cells(text, "evaluation after finetune") == ["evaluation after finetune", "6.0"]
-    assert cells(text, "sum") == ["sum", f"{100 + 150.5 + 10 + 12.5 + 6:.1f}"]
+    assert cells(text, "sum") == ["sum", f"{100 + 200 + 10 + 12.5 + 6:.1f}"]
 
 
 def test_a_single_stage_is_a_report_too(run: Path) -> None:
@@ -80,7 +85,8 @@ def test_a_single_stage_is_a_report_too(run: Path) -> None:
 def test_the_command_prints_what_it_writes(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["report", str(run)])
+    (run / "installed").write_text('{"seconds": 3}')
+    monkeypatch.setattr(sys, "argv", ["report", str(run), "--seconds", f"install={run}/installed"])
     assert report.main() == 0
     assert (run / "report.md").read_text() in capsys.readouterr().out
     assert not list(run.glob("*.tmp"))

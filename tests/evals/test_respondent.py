@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -93,10 +94,24 @@ def test_facts_name_what_decides_a_score(respondent: ModelRespondent) -> None:
     facts = respondent.facts
     assert (facts["template"], facts["visual_tokens_per_image"], facts["image_size"]) == ("chat", 9, 28)
     assert facts["precision"] == "fp32"
+    assert "cores" in facts["machine"]
     assert len(facts["model_sha256"]) == 64
     assert (
         facts["versions"]["torch"] == torch.__version__.split("+")[0] or facts["versions"]["torch"] == torch.__version__
     )
+
+
+def test_another_template_than_the_trained_one_is_a_choice(tiny_folder: Path) -> None:
+    assert load(tiny_folder, config(tiny_folder, template="v1")).facts["template"] == "v1"
+    with pytest.raises(UserError, match="template"):
+        load(tiny_folder, config(tiny_folder, template="vicuna"))
+
+
+def test_a_damaged_model_folder_is_named(tiny_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    (tmp_path / "model" / "connector.safetensors").write_bytes(b"short")
+    with pytest.raises(UserError, match=r"damaged at connector\.safetensors"):
+        load(tmp_path / "model", config(tmp_path / "model"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
