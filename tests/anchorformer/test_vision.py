@@ -142,7 +142,7 @@ def test_an_unfrozen_tower_trains_every_parameter(family: str) -> None:
 
 def test_a_frozen_tower_has_no_graph_but_its_features_can_be_trained_through() -> None:
     tower = _tower("clip_vision_model")
-    features = tower(_pixels())
+    features = tower(_pixels().requires_grad_())
     assert not features.tokens_BNV.requires_grad
     layer = nn.Linear(tower.width, 5)
     layer(features.tokens_BNV).sum().backward()  # inference tensors could not be saved for this backward
