@@ -73,13 +73,19 @@ def _train_byte_level(specials: list[str]) -> Any:
     return bpe
 
 
-def _train_sentencepiece() -> bytes:
+@pytest.fixture(scope="session")
+def stripping_sentencepiece() -> bytes:
+    """A model whose normaliser removes leading spaces, unlike Llama's."""
+    return _train_sentencepiece(remove_extra_whitespaces=True)
+
+
+def _train_sentencepiece(*, remove_extra_whitespaces: bool = False) -> bytes:
     import sentencepiece
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(SAID * 3), model_writer=model, vocab_size=400, model_type="bpe", byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
-        split_digits=True, minloglevel=2, num_threads=1,
+        normalization_rule_name="identity", remove_extra_whitespaces=remove_extra_whitespaces,
+        allow_whitespace_only_pieces=True, split_digits=True, minloglevel=2, num_threads=1,
     )  # fmt: skip
     return model.getvalue()

@@ -157,6 +157,24 @@ def test_sentencepiece_is_chosen_where_there_is_one(make_tokenizer: Make, senten
     assert fast.encode(" red", After.text) == slow.encode(" red", After.text)
 
 
+def test_leading_space_survives_a_normaliser_that_strips(stripping_sentencepiece: bytes) -> None:
+    encoder = pickle.loads(pickle.dumps(SentencePieceEncoder(stripping_sentencepiece, {"</s>": 2}, legacy=False)))
+    assert encoder.encode(" red", After.text) == encoder.encode("red", After.nothing)
+    assert encoder.encode(" red", After.text) != encoder.encode("red", After.text)
+
+
+@pytest.mark.parametrize("family", ["bytes", "legacy_false"])
+def test_chat_is_what_the_tokenizer_makes_of_the_rendered_text(make_tokenizer: Make, family: str) -> None:
+    """Across an image too: it stands as one special token in the rendered text."""
+    processor = build(make_tokenizer, family, template="chat", num_image_tokens=1)
+    said = "look at<image>red and<image>what?"
+    rendered = processor.tokenizer.apply_chat_template(
+        [{"role": "user", "content": said}], tokenize=False, add_generation_prompt=True
+    )
+    ids = processor.prompt([("user", said)], [RED, BLUE]).tolist()
+    assert ids == processor.tokenizer.encode(rendered, add_special_tokens=False)
+
+
 def test_silence_about_legacy_means_true(sentencepiece_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(sentencepiece_folder, tmp_path / "silent")
     config = json.loads((folder / "tokenizer_config.json").read_text())
