@@ -51,20 +51,21 @@ def run_rank(config: RunConfig, folder: RunFolder, world: World) -> None:
     from anchorformer.weights import check_folder, load_model
     from data.loader import Loader
 
+    # Cheapest first: what can be wrong with the folder, the checkpoint or the data is found before weights are loaded.
     start = folder.start
     model_config = check_folder(start, config.model.selector, config.model.connector)
-    dtype = choose_dtype(config.hardware.precision, world.device, model_config.text_config.hidden_size)
-    with loading(config, world, dtype):
-        model = load_model(start, dtype)
-    freeze(model, config.stage)
-    processor = AutoProcessor.from_pretrained(start, local_files_only=True).with_template(config.stage.template)
-
     position = checkpoint.find(folder.state, config.resume, world)
     resumed = checkpoint.read_state(position, world, config) if position else None
+    processor = AutoProcessor.from_pretrained(start, local_files_only=True).with_template(config.stage.template)
     loader = Loader(
         config, processor, world.rank, world.size,
         state=resumed.loader if resumed else None, pin_memory=world.device.type == "cuda",
     )  # fmt: skip
+
+    dtype = choose_dtype(config.hardware.precision, world.device, model_config.text_config.hidden_size)
+    with loading(config, world, dtype):
+        model = load_model(start, dtype)
+    freeze(model, config.stage)
     engine = build_engine(model, config, world, loader.total_steps, dtype)
     log.info("stage %s on %d rank(s), %s\n%s", config.stage.name.value, world.size, world.device,
              render(table(engine.model, config.stage)))  # fmt: skip
