@@ -290,3 +290,21 @@ def test_verbs_are_the_files_of_their_folder() -> None:
         launch(["prepar", "stage=align"])
     assert "'prepare'?" in caught.value.expected
     assert isinstance(compose(["stage=align", "data.root=/data"]), RunConfig)
+
+
+@pytest.mark.slow
+def test_two_stages_run_and_are_not_run_again(world: list[str], tmp_path: Path) -> None:
+    short = ["stage.epochs=null", "stage.max_steps=2", "stage.global_batch=4", "hardware.micro_batch=1", "seed=5"]
+    words = [str(ROOT / "launch" / "two_stage.sh"), "demo", *[text for text in world if text != "stage=align"], *short]
+    done = run_script(*words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    align, finetune = (RunFolder(tmp_path / "checkpoints" / "demo" / stage) for stage in ("align", "finetune"))
+    assert align.done.exists()
+    assert finetune.done.exists()
+    assert finetune.start == align.model
+    assert len(finetune.metrics.read_text().splitlines()) == 2
+    written = finetune.metrics.stat().st_mtime_ns
+    again = run_script(*words)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert again.stdout.count("is done already") == 2
+    assert finetune.metrics.stat().st_mtime_ns == written
