@@ -155,7 +155,9 @@ def _margin(by_condition: Mapping[Condition, Mapping[str, Any]]) -> str:
 def _seconds(others: Mapping[str, Path], steps: Steps, results: Results) -> Iterable[Row]:
     parts: dict[str, float] = {}
     for name, path in others.items():
-        taken = _json(path)["seconds"]
+        taken = _json(path).get("seconds")
+        if taken is None:
+            raise _unreadable(path, "no `seconds` in it")
         parts |= {f"{name}: {key}": value for key, value in taken.items()} if isinstance(taken, dict) else {name: taken}
     for stage, rows in steps.items():
         parts[stage] = sum(row["time"]["seconds"] for row in rows)

@@ -77,6 +77,11 @@ def test_seconds_of_every_part_and_their_sum(run: Path, tmp_path: Path) -> None:
     assert cells(text, "sum") == ["sum", f"{100 + 200 + 10 + 12.5 + 6:.1f}"]
 
 
+def test_a_file_without_seconds_is_named(run: Path) -> None:
+    with pytest.raises(UserError, match="no `seconds` in it"):
+        report.report(run, {"install": run / "align" / "environment.json"})
+
+
 def test_a_single_stage_is_a_report_too(run: Path) -> None:
     assert report.report(run / "align").startswith("# align")
     assert "No task has been evaluated" in report.report(run / "align")
