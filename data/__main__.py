@@ -118,10 +118,7 @@ def open_processor(config: ScanConfig) -> AnchorFormerProcessor:
 
 def _settable(override: str) -> str:
     # A key of the config classes can be set whether the YAML mentions it or not; unknown ones are refused by `parse`.
-    # The group itself (data=...) and the keys of a source keep Hydra's own rules.
-    key = override.partition("=")[0]
-    nested = key.startswith("data.") and not key.startswith("data.sources.")
-    return f"++{override}" if nested else override
+    return f"++{override}" if override.startswith("data.") else override
 
 
 if __name__ == "__main__":

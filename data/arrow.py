@@ -187,7 +187,7 @@ def _convert(name: str, files: Sequence[AnnotationFile], target: Path) -> None:
         written_whole(target) as draft,
         pa.OSFile(str(draft), "wb") as sink,
         pa.ipc.new_file(sink, SCHEMA) as writer,
-        tqdm(desc=f"reading {name}", unit=" records", delay=2) as progress,
+        tqdm(desc=f"reading {name}", unit=" records", delay=2, mininterval=0.5) as progress,
     ):
         for file in files:
             for position, raw in enumerate(_entries(file.path)):

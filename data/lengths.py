@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,38 +58,39 @@ def measure(
 
 
 def _count(source: Source, encoder: Encoder, processes: int) -> np.ndarray:
-    starts = range(0, len(source), CHUNK)
-    with tqdm(total=len(source), desc=f"counting tokens of {source.name}", unit=" records", delay=2) as progress:
+    ranges = [range(start, min(start + CHUNK, len(source))) for start in range(0, len(source), CHUNK)]
+    title = f"counting tokens of {source.name}"
+    with tqdm(total=len(source), desc=title, unit=" records", delay=2, mininterval=0.5) as progress:
         chunks = []
-        for chunk in _chunks(source, encoder, starts, processes if len(source) >= PARALLEL_FROM else 1):
+        for chunk in _chunks(source, encoder, ranges, processes if len(source) >= PARALLEL_FROM else 1):
             chunks.append(chunk)
             progress.update(chunk.shape[1])
     return np.concatenate(chunks, axis=1)
 
 
-def _chunks(source: Source, encoder: Encoder, starts: range, processes: int) -> Iterator[np.ndarray]:
+def _chunks(source: Source, encoder: Encoder, ranges: Sequence[range], processes: int) -> Iterator[np.ndarray]:
     if processes == 1:
-        yield from (_chunk(source, encoder, start) for start in starts)
+        yield from (_chunk(source, encoder, indices) for indices in ranges)
         return
     # Spawned, not forked: this process may hold threads, sockets of the other ranks and a device.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, _enter_worker, (source, encoder)) as pool:
-        yield from pool.map(_worker_chunk, starts)
+        yield from pool.map(_worker_chunk, ranges)
 
 
-def _chunk(source: Source, encoder: Encoder, start: int) -> np.ndarray:
-    stop = min(start + CHUNK, len(source))
-    counts = np.empty((2, stop - start), np.int32)
-    for index in range(start, stop):
+def _chunk(source: Source, encoder: Encoder, indices: range) -> np.ndarray:
+    counts = np.empty((2, len(indices)), np.int32)
+    for column, index in enumerate(indices):
         record = source[index]
         try:
-            counts[:, index - start] = encoder.measure(turns_of(record), len(record.images))
+            counts[:, column] = encoder.measure(turns_of(record), len(record.images))
         except UserError:
-            counts[:, index - start] = UNUSABLE
+            counts[:, column] = UNUSABLE
     return counts
 
 
 _worker: tuple[Source, Encoder] | None = None
+"""What a counting process works on; sent once, not with every range."""
 
 
 def _enter_worker(source: Source, encoder: Encoder) -> None:
@@ -98,6 +99,6 @@ def _enter_worker(source: Source, encoder: Encoder) -> None:
     _worker = source, encoder
 
 
-def _worker_chunk(start: int) -> np.ndarray:
+def _worker_chunk(indices: range) -> np.ndarray:
     assert _worker is not None
-    return _chunk(*_worker, start)
+    return _chunk(*_worker, indices)

@@ -129,7 +129,7 @@ def samples(config: ScanConfig, processor: AnchorFormerProcessor) -> Iterator[st
 
 def _texts(source: Source, processor: AnchorFormerProcessor, config: DataConfig) -> Iterator[tuple[int, Finding]]:
     lengths = measure(source, processor, fingerprint(processor), Path(config.cache_dir))
-    for index in tqdm(range(len(source)), desc=f"records of {source.name}", unit=" records", delay=2):
+    for index in tqdm(range(len(source)), desc=f"records of {source.name}", unit=" records", delay=2, mininterval=0.5):
         findings = examine_record(source[index])
         tokens, supervised = int(lengths.tokens[index]), int(lengths.supervised[index])
         if tokens == UNUSABLE and not any(finding.defect is Defect.mismatch for finding in findings):
@@ -149,7 +149,7 @@ def _images(source: Source, threads: int) -> Iterator[tuple[int, Finding]]:
     users: dict[Path, list[int]] = defaultdict(list)
     embedded: list[tuple[int, int]] = []
     roots: tuple[Path, ...] = ()
-    for index in tqdm(range(len(source)), desc=f"images of {source.name}", unit=" records", delay=2):
+    for index in tqdm(range(len(source)), desc=f"images of {source.name}", unit=" records", delay=2, mininterval=0.5):
         for place, ref in enumerate(source[index].images):
             if ref.path is None:
                 embedded.append((index, place))
@@ -167,7 +167,7 @@ def _images(source: Source, threads: int) -> Iterator[tuple[int, Finding]]:
     total = len(users) + len(embedded)
     with (
         ThreadPoolExecutor(workers) as pool,
-        tqdm(total=total, desc=f"decoding images of {source.name}", unit=" images", delay=2) as bar,
+        tqdm(total=total, desc=f"decoding images of {source.name}", unit=" images", delay=2, mininterval=0.5) as bar,
     ):
         files = list(users)
         refs = (ImageRef(path=path, roots=roots) for path in files)

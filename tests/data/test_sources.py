@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,29 @@ def test_object_without_data_list(tmp_path: Path, write_json: Write) -> None:
     with pytest.raises(UserError, match="not a list of records") as caught:
         _open(LLAVA, tmp_path, tmp_path / "cache")
     assert "annotations" in caught.value.found
+
+
+@pytest.mark.slow
+def test_reading_records_does_not_fill_memory(tmp_path: Path, write_json: Write) -> None:
+    # A Python list of these records takes some 80 MB; mapped pages are shared and do not count as anonymous.
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("no /proc on this system")
+
+    def anonymous() -> int:
+        return int(re.search(r"RssAnon:\s+(\d+)", status.read_text()).group(1)) // 1024  # type: ignore[union-attr]
+
+    (tmp_path / "images").mkdir()
+    long = [{"from": "human", "value": "why " * 50}, {"from": "gpt", "value": "so " * 200}]
+    write_json("mix.json", [{"id": index, "conversations": long} for index in range(60_000)])
+    _open(LLAVA, tmp_path, tmp_path / "cache")
+    source = _open(LLAVA, tmp_path, tmp_path / "cache")
+    for index in range(2000):
+        source[index]
+    before = anonymous()
+    for index in range(len(source)):
+        source[index]
+    assert anonymous() - before < 20, "MB more after an epoch"
 
 
 def _native_files(root: Path) -> list[tuple[dict[str, Any], Path, int]]:
