@@ -11,15 +11,15 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from tqdm import tqdm
 
 from anchorformer.errors import UserError
+from data.annotations import AnnotationFile, RecordError, read_entries
 from data.record import ImageRef, Record, Role, Turn
 
 FORMAT = 1
@@ -35,21 +35,6 @@ SCHEMA = pa.schema([
     ("references", pa.list_(pa.string())),
     ("meta", pa.list_(pa.struct([("key", pa.string()), ("value", pa.string())]))),
 ])
-
-Parser = Callable[[dict[str, Any], int], Record]
-
-
-class RecordError(ValueError):
-    """What is wrong with one record, from its parser; file and position are added by the reader."""
-
-
-@dataclass(frozen=True, slots=True)
-class AnnotationFile:
-    """A published JSON file, and how one entry of it (with its position) becomes a record."""
-
-    path: Path
-    parse: Parser
-
 
 def open_source(
     name: str, files: Sequence[AnnotationFile], image_root: Path, options: Mapping[str, Any], cache_dir: Path,
@@ -154,32 +139,6 @@ def written_whole(path: Path) -> Iterator[Path]:
         draft.unlink(missing_ok=True)
 
 
-def image_path(value: object) -> str:
-    """An image path of an annotation, refused where it could leave its root whatever the root is.
-
-    Raises:
-        RecordError: not a string, empty, absolute, or with a `..` in it.
-    """
-    if not isinstance(value, str) or not value.strip() or "\0" in value:
-        raise RecordError(f"image path is {value!r}, not a file name")
-    path = PurePosixPath(value)
-    if path.is_absolute() or ".." in path.parts:
-        raise RecordError(f"image path {value!r} leaves the image root")
-    return str(path)
-
-
-def text_of(raw: Mapping[str, Any], key: str) -> str:
-    """The string under `key`.
-
-    Raises:
-        RecordError: absent or no string.
-    """
-    value = raw.get(key)
-    if not isinstance(value, str):
-        raise RecordError(f"'{key}' is missing" if value is None else f"'{key}' is {value!r}, not a string")
-    return value
-
-
 def _convert(name: str, files: Sequence[AnnotationFile], target: Path) -> None:
     taken: set[str] = set()
     columns: dict[str, list[Any]] = {field: [] for field in SCHEMA.names}
@@ -190,7 +149,7 @@ def _convert(name: str, files: Sequence[AnnotationFile], target: Path) -> None:
         tqdm(desc=f"reading {name}", unit=" records", delay=2, mininterval=0.5) as progress,
     ):
         for file in files:
-            for position, raw in enumerate(_entries(file.path)):
+            for position, raw in enumerate(read_entries(file.path)):
                 for field, value in _row(file, raw, position, taken).items():
                     columns[field].append(value)
                 progress.update()
@@ -232,64 +191,6 @@ def _row(file: AnnotationFile, raw: Any, position: int, taken: set[str]) -> dict
         "references": list(record.references),
         "meta": [{"key": key, "value": value} for key, value in meta],
     }
-
-
-def _entries(path: Path) -> Iterator[Any]:
-    """The entries of a JSON list, or of the list under `data`, one by one without holding them all."""
-    content = path.read_bytes()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: not UTF-8 text", found=f"byte {content[error.start]:#04x} at byte {error.start}",
-            expected="a JSON file in UTF-8", remedy="fetch the file again",
-        ) from None
-    size = len(content)
-    del content
-    decoder = json.JSONDecoder()
-
-    def failed(problem: str, position: int) -> UserError:
-        return UserError(
-            f"{path}: the JSON breaks off or is damaged",
-            found=f"{problem} at byte {len(text[:position].encode())} of {size}", expected="complete JSON",
-            remedy="fetch the file again and compare its size or checksum with the published one",
-        )
-
-    def skip(position: int) -> int:
-        while position < len(text) and text[position] in " \t\r\n":
-            position += 1
-        return position
-
-    def value(position: int) -> tuple[Any, int]:
-        try:
-            return decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            raise failed(error.msg, error.pos) from None
-
-    position = skip(0)
-    if text[position:position + 1] != "[":
-        whole, end = value(position)
-        if skip(end) != len(text):
-            raise failed("text after the end", end)
-        if not isinstance(whole, dict) or not isinstance(whole.get("data"), list):
-            raise UserError(
-                f"{path}: not a list of records",
-                found=f"keys {sorted(whole)[:8]}" if isinstance(whole, dict) else type(whole).__name__,
-                expected="a list, or an object with the list under 'data'", remedy="check which file the source names",
-            )
-        yield from whole["data"]
-        return
-    position = skip(position + 1)
-    while text[position:position + 1] != "]":
-        entry, position = value(position)
-        yield entry
-        position = skip(position)
-        if text[position:position + 1] == ",":
-            position = skip(position + 1)
-        elif text[position:position + 1] != "]":
-            raise failed("no ',' or ']' after a record", position)
-    if skip(position + 1) != len(text):
-        raise failed("text after the end", position + 1)
 
 
 def _nearest(path: Path) -> str:

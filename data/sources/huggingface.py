@@ -13,7 +13,7 @@ import datasets
 
 from anchorformer.errors import UserError
 from anchorformer.schema import to_plain
-from data.arrow import RecordError
+from data.annotations import RecordError
 from data.record import ImageRef, Record, Role, Turn
 from data.sources.base import SourceConfig
 from data.sources.local import IMAGE

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from anchorformer.schema import to_plain
-from data.arrow import AnnotationFile, ArrowSource, open_source
+from data.annotations import AnnotationFile
+from data.arrow import ArrowSource, open_source
 from data.sources.base import SourceConfig
 
 IMAGE = "<image>"

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.arrow import AnnotationFile, ArrowSource, RecordError, image_path, text_of
+from data.annotations import AnnotationFile, RecordError, image_path, text_of
+from data.arrow import ArrowSource
 from data.record import ImageRef, Record, Role, Turn
 from data.sources.local import IMAGE, LocalSourceConfig
 
