@@ -194,7 +194,8 @@ class AnchorFormerProcessor(ProcessorMixin):
 
         Args:
             images: in the order of the placeholders over all samples, or one list per sample.
-            text: prompts that are already written out; BOS is put in front, placeholders stay where they stand.
+            text: prompts that are already written out; BOS is put in front where it is missing, placeholders stay where
+                they stand.
             conversations: instead of `text`, turns that the template writes down, with the generation prompt.
             return_tensors: "pt" is the only one.
 
@@ -261,8 +262,9 @@ class AnchorFormerProcessor(ProcessorMixin):
     def _written_out(self, text: str, num_images: int) -> Tensor:
         if num_images and text.count(PLACEHOLDER) != num_images:
             raise _mismatch(f"{text.count(PLACEHOLDER)} {PLACEHOLDER} and {num_images} image(s)", "one for each")
-        bos = self.tokenizer.bos_token_id
-        segments: list[Segment] = [] if bos is None else [Special(bos)]
+        bos = self.tokenizer.bos_token
+        missing = bos is not None and not text.startswith(bos)
+        segments: list[Segment] = [Special(self.tokenizer.bos_token_id)] if missing else []
         for index, piece in enumerate(text.split(PLACEHOLDER) if num_images else [text]):
             segments += [Picture()] * (index > 0) + [Text(piece, After.nothing)]
         return torch.tensor(self._to_ids(segments)[0], dtype=torch.int64)

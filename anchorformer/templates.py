@@ -20,6 +20,9 @@ V1_SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 
+CHAT_DATE = "26 Jul 2024"
+"""What Llama 3's templates are told the day is (their own default): ids must be the same tomorrow."""
+
 
 @dataclass(frozen=True, slots=True)
 class Text:
@@ -240,7 +243,9 @@ class ChatTemplate:
     def _render(self, messages: Sequence[dict[str, str]], *, prompt: bool) -> str:
         try:
             return str(
-                self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+                self._tokenizer.apply_chat_template(
+                    list(messages), tokenize=False, add_generation_prompt=prompt, date_string=CHAT_DATE
+                )
             )
         except jinja2.TemplateError as error:
             raise UserError(

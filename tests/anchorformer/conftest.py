@@ -29,17 +29,21 @@ TokenizerMaker = Callable[..., Any]
 
 @pytest.fixture(scope="session")
 def make_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TokenizerMaker:
-    """`make_tokenizer("bytes")`, `("legacy_true")` or `("legacy_false")`; keywords replace the tokenizer's own."""
+    """`make_tokenizer("bytes")`, `"bytes_with_image"` (in its vocabulary from the start), `"legacy_true"` or
+    `"legacy_false"`; keywords replace the tokenizer's own."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     roles = ["<|user|>", "<|assistant|>", "<|system|>"]
-    byte_level = _train_byte_level(["<pad>", "<s>", "</s>", *roles])
+    byte_level = {
+        "bytes": _train_byte_level(["<pad>", "<s>", "</s>", *roles]),
+        "bytes_with_image": _train_byte_level(["<pad>", "<s>", "<image>", "</s>", *roles]),
+    }
     sentencepiece_model = _train_sentencepiece()
 
     def make(family: str, **changes: Any) -> Any:
         values: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": CHAT_TEMPLATE, **changes}
-        if family == "bytes":
-            return PreTrainedTokenizerFast(tokenizer_object=byte_level, pad_token="<pad>", **values)
+        if family in byte_level:
+            return PreTrainedTokenizerFast(tokenizer_object=byte_level[family], pad_token="<pad>", **values)
         folder = tmp_path_factory.mktemp(family)
         (folder / "tokenizer.model").write_bytes(sentencepiece_model)
         config = {

@@ -93,7 +93,7 @@ def test_anchor_count_is_counted(make_tokenizer: Make) -> None:
     assert [length - lengths[0] for length in lengths] == [0, 64, 144]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "bytes_with_image"])
 def test_image_token_in_text_is_text(make_tokenizer: Make, family: str) -> None:
     """Only placeholders become images, although the tokenizer knows the token by the same name."""
     processor = build(make_tokenizer, family)
@@ -104,16 +104,13 @@ def test_image_token_in_text_is_text(make_tokenizer: Make, family: str) -> None:
     assert "<image>" in processor.tokenizer.decode(example.input_ids_S)
 
 
-def test_image_token_inside_a_vocabulary_keeps_other_ids(make_tokenizer: Make) -> None:
-    tokenizer = make_tokenizer("bytes")
+@pytest.mark.parametrize("family", ["bytes", "bytes_with_image"])
+def test_image_token_leaves_other_ids_alone(make_tokenizer: Make, family: str) -> None:
+    tokenizer = make_tokenizer(family)
     tokenizer.add_tokens(["<image>", "<after>"], special_tokens=True)
-    before = tokenizer.convert_tokens_to_ids("<after>")
     processor = AnchorFormerProcessor(ImageTransform(4, (0, 0, 0)), tokenizer, num_image_tokens=1)
-    assert processor.image_token_id == before - 1
-    assert processor.encoder.encode("<after>", After.nothing) == [before]
-    # The mini world's tokenizer has it among the first tokens of the vocabulary itself.
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    assert state["added_tokens"][-1]["content"] == "<after>"
+    text = "</s>a<|user|>red<after>" + "".join(map(chr, range(32, 127)))
+    assert processor.encoder.encode(text, After.nothing) == tokenizer.encode(text, add_special_tokens=False)
 
 
 @pytest.mark.parametrize("template", ["plain", "v1", "chat"])
@@ -227,6 +224,7 @@ def test_text_that_is_already_written_out(processor: AnchorFormerProcessor) -> N
     assert batch["input_ids"][0, 0] == processor.tokenizer.bos_token_id
     assert (batch["input_ids"] == processor.image_token_id).sum() == T
     assert "pixel_values" not in processor(text="hello <image>")
+    assert processor(text="<s>hello")["input_ids"].equal(processor(text="hello")["input_ids"])
 
 
 @pytest.mark.parametrize(

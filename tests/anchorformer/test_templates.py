@@ -150,6 +150,11 @@ def test_chat_template_that_refuses_a_record(make_tokenizer: Make) -> None:
         written(processor, [("system", "s"), *TURNS])
 
 
+def test_chat_template_that_asks_for_the_day(make_tokenizer: Make) -> None:
+    today = "{% if date_string is not defined %}{{ raise_exception('it would ask the clock') }}{% endif %}"
+    assert "26 Jul 2024" in flat(written(chat(make_tokenizer, today + "{{ date_string }}" + NO_BOS), TURNS))
+
+
 @pytest.mark.parametrize("missing", ["bos_token", "eos_token"])
 def test_v1_needs_bos_and_eos(make_tokenizer: Make, missing: str) -> None:
     tokenizer = make_tokenizer("bytes", **{missing: None})

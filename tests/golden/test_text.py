@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from transformers import AutoTokenizer
 
 from anchorformer.contracts import IGNORE_INDEX
@@ -142,10 +143,9 @@ def compare(processor: AnchorFormerProcessor, record: Record, case: dict[str, An
     # Over-length: the published code cuts (text when it tokenises, image samples when it collates); ours raises.
     assert case["input_ids"] == (slots[: case["length"]] if too_long else slots)
     if too_long:
+        images = [Image.new("RGB", (8, 8))] * num_images
         with pytest.raises(UserError, match=f"{record['id']}.*too long"):
-            processor.encode(turns_of(record), [], sample_id=record["id"], max_length=limit) if not num_images else (
-                raise_too_long(processor, record, num_images, limit)
-            )
+            processor.encode(turns_of(record), images, sample_id=record["id"], max_length=limit)
     elif v1 and any(rule(record) for rule in LABEL_RULES.values()):
         assert case["supervised"] == 0
         assert sum(label != IGNORE_INDEX for label in labels) > 0
@@ -155,13 +155,6 @@ def compare(processor: AnchorFormerProcessor, record: Record, case: dict[str, An
         # The published code keeps the image and splices it nowhere; a model that saw it would not know where.
         with pytest.raises(UserError, match="placeholders and images"):
             processor.measure(turns_of(record), 1)
-
-
-def raise_too_long(processor: AnchorFormerProcessor, record: Record, num_images: int, limit: int) -> None:
-    from PIL import Image
-
-    images = [Image.new("RGB", (8, 8))] * num_images
-    processor.encode(turns_of(record), images, sample_id=record["id"], max_length=limit)
 
 
 def test_every_rule_has_a_record(golden_root: Path) -> None:
@@ -181,8 +174,6 @@ def test_raw_calls(published: tuple[dict[str, Any], AnchorFormerProcessor]) -> N
 def test_inference_prompts(published: tuple[dict[str, Any], AnchorFormerProcessor]) -> None:
     """A prompt that is already written out is encoded as it stands; the template writes the same one wherever the
     question is written as in training (the published inference code does not strip a question, its training does)."""
-    from PIL import Image
-
     expected, processor = published
     for case in expected["inference_prompts"]:
         count = case["question"].count(PLACEHOLDER)
