@@ -60,7 +60,12 @@ def gather_facts(world: World, batches: Sequence[Batch]) -> StepFacts:
 
 
 def step_record(
-    step: int, loss: float, lrs: dict[str, float], grad_norm: float, norms: dict[Part, float] | None, facts: StepFacts,
+    step: int,
+    loss: float,
+    lrs: dict[str, float],
+    grad_norm: float,
+    norms: dict[Part, float] | None,
+    facts: StepFacts,
     time: dict[str, float],
 ) -> dict[str, Any]:
     """One line of metrics.jsonl; everything outside `time` is a function of config, data and weights alone.

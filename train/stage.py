@@ -119,4 +119,3 @@ def _hash(tensor: Tensor) -> int:
         weights = torch.arange(chunk.numel(), dtype=torch.int64, device=flat.device) * 2654435762 + 1
         total = total * 6364136223846793005 + (chunk.view(_BITS[chunk.element_size()]).long() * weights).sum()
     return int(total)
-

@@ -28,9 +28,7 @@ def loading(config: RunConfig, world: World, dtype: torch.dtype) -> Iterator[Non
         yield
 
 
-def build_engine(
-    model: nn.Module, config: RunConfig, world: World, total_steps: int, dtype: torch.dtype
-) -> Engine:
+def build_engine(model: nn.Module, config: RunConfig, world: World, total_steps: int, dtype: torch.dtype) -> Engine:
     """The run's engine around a model whose frozen parts are frozen already.
 
     Args:

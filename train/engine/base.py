@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from anchorformer.contracts import Batch
@@ -80,6 +81,14 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     def load(self, folder: Path) -> None:
         """Reads what `save` wrote, into an engine that has not stepped yet; all ranks call it."""
+
+
+def squared_norms(gradients: Iterable[tuple[Part, Tensor]], parts: Iterable[Part]) -> dict[Part, float]:
+    """Sum of squares per part, in fp64, with one look at the device per part."""
+    norms: dict[Part, list[Tensor]] = {part: [] for part in parts}
+    for part, gradient in gradients:
+        norms[part].append(torch.linalg.vector_norm(gradient, dtype=torch.float32))
+    return {part: float(torch.stack(found).double().square().sum()) if found else 0.0 for part, found in norms.items()}
 
 
 def total_norm(norms: dict[Part, float]) -> float:

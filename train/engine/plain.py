@@ -11,7 +11,7 @@ from anchorformer.contracts import Batch
 from anchorformer.weights import part_state
 from train.config import Part, RunConfig
 from train.distributed import World
-from train.engine.base import Engine
+from train.engine.base import Engine, squared_norms
 from train.loss import supervised_loss
 from train.optim import build_optimizer, build_scheduler, part_of_parameter
 from train.stage import assert_declared
@@ -44,10 +44,12 @@ class PlainEngine(Engine):
         return loss.detach()
 
     def part_grad_norms(self) -> dict[Part, float]:
-        squares = dict.fromkeys(self.config.stage.trains, 0.0)
-        for parameter, _ in self._pairs.values():
-            if parameter.grad is not None:
-                squares[self._owners[id(parameter)]] += float(parameter.grad.float().square().sum())
+        gradients = (
+            (self._owners[id(parameter)], parameter.grad)
+            for parameter, _ in self._pairs.values()
+            if parameter.grad is not None
+        )
+        squares = squared_norms(gradients, self.config.stage.trains)
         return {part: square**0.5 for part, square in squares.items()}
 
     def step(self) -> None:

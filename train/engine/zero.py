@@ -16,7 +16,7 @@ from anchorformer.contracts import Batch
 from anchorformer.weights import part_state
 from train.config import Part, RunConfig
 from train.distributed import World
-from train.engine.base import Engine
+from train.engine.base import Engine, squared_norms
 from train.loss import supervised_loss
 from train.optim import build_optimizer, build_scheduler, part_of_parameter
 from train.stage import assert_declared
@@ -30,9 +30,7 @@ class ZeroEngine(Engine):
     DeepSpeed averages gradients over the ranks; the loss is multiplied by their number so that they are summed instead.
     """
 
-    def __init__(
-        self, model: nn.Module, config: RunConfig, world: World, total_steps: int, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, model: nn.Module, config: RunConfig, world: World, total_steps: int, dtype: torch.dtype) -> None:
         super().__init__(config, world)
         deepspeed = _import_deepspeed(world.device)
         self._owners = part_of_parameter(model, config.stage)
@@ -54,13 +52,10 @@ class ZeroEngine(Engine):
         return loss.detach()
 
     def part_grad_norms(self) -> dict[Part, float]:
-        parts = list(self.config.stage.trains)
-        squares = dict.fromkeys(parts, 0.0)
-        for part, gradient in self._gradients():
-            squares[part] += float(gradient.float().square().sum())
+        squares = squared_norms(self._gradients(), self.config.stage.trains)
         # Without ZeRO every rank holds the whole gradient; with it, a part of its own.
         totals = list(squares.values()) if self._stage == 0 else self.world.sum(list(squares.values()))
-        return {part: total**0.5 for part, total in zip(parts, totals, strict=True)}
+        return {part: total**0.5 for part, total in zip(squares, totals, strict=True)}
 
     def _gradients(self) -> Iterator[tuple[Part, Tensor]]:
         """This rank's part of the reduced gradients."""
@@ -157,8 +152,9 @@ def _load_weights_only(path: str, map_location: Any = None) -> Any:
     """DeepSpeed's reading of a checkpoint file without its permission to run whatever the file says."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
 
-    with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum]):
+    with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
         return torch.load(path, map_location=map_location, weights_only=True)
 
 
