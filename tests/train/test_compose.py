@@ -58,8 +58,9 @@ def pairwise(groups: dict[str, list[str]]) -> list[dict[str, str]]:
 
 
 def test_options_of_any_two_groups_go_together() -> None:
-    rows = pairwise(GROUPS)
-    assert len(rows) < 120, "a cover, not the product"
+    # Data sets meet the other groups through the stages and experiments that choose them.
+    rows = pairwise({group: options for group, options in GROUPS.items() if group != "data"})
+    assert len(rows) < 40, "a cover, not the product"
     for row in rows:
         config = composed(*(f"{group}={option}" for group, option in row.items()), SMALL)
         assert config.stage.name.value == row["stage"]
