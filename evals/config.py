@@ -56,7 +56,7 @@ class EvalConfig(Schema):
     batch_size: int = 64
     """Questions answered together; scores do not depend on it."""
     limit: int | None = None
-    """Only the first so many questions of each task."""
+    """So many questions of each task, spread evenly over it; null asks all."""
     seed: int = 0
     """Decides which other image a question gets under `shuffled`."""
     template: str | None = None

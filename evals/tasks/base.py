@@ -51,14 +51,15 @@ class TaskConfig(Schema):
     """Plug-in of `data.sources`: the records, with the prompt's suffix."""
 
     def questions(self, name: str, root: Path, cache_dir: Path, limit: int | None) -> list[Question]:
-        """The records as questions.
+        """The records as questions, or `limit` of them spread evenly: neighbours often share an image or a kind.
 
         Raises:
             UserError: what opening the source raises, and a record that asks nothing.
         """
         config = parse_plugin(SourceConfig, self.source, SOURCES, f"tasks.{name}.source")
         source = config.open(name, root, cache_dir)
-        return [question(source[index]) for index in range(len(source) if limit is None else min(limit, len(source)))]
+        count = len(source) if limit is None else min(limit, len(source))
+        return [question(source[index * len(source) // count]) for index in range(count)]
 
     def answer(self, questions: Sequence[Question], respondent: Respondent) -> list[Outcome]:
         """One outcome per question."""

@@ -63,6 +63,19 @@ def test_an_unknown_value_of_a_task_is_refused_before_anything_is_opened(tmp_pat
         prepare(config)
 
 
+def test_a_limit_is_spread_over_the_task(tmp_path: Path) -> None:
+    rows = [{"question_id": n, "image": f"{n}.png", "question": "?", "answer": "a"} for n in range(10)]
+    (tmp_path / "q.json").write_text(json.dumps(rows))
+    base = ["model=m", f"data.root={tmp_path}", f"data.cache_dir={tmp_path}/cache", "task=vqa"]
+    for limit, expected in (
+        ("3", ["0", "3", "6"]),
+        ("10", [str(n) for n in range(10)]),
+        ("99", [str(n) for n in range(10)]),
+    ):
+        prepared = prepare(compose_config([*base, "tasks.vqa.source.annotations=q.json", f"limit={limit}"]))
+        assert [item.id for item in prepared["vqa"][1]] == expected
+
+
 def test_missing_files_are_named(tmp_path: Path) -> None:
     config = compose_config(["model=m", f"data.root={tmp_path}", "task=docvqa_val", f"data.cache_dir={tmp_path}"])
     with pytest.raises(UserError, match="val_v1"):

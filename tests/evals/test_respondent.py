@@ -177,3 +177,26 @@ def test_the_command_end_to_end(
     assert len(set(losses)) == 3
     printed = capsys.readouterr().out
     assert "docvqa_val (shuffled image): anls" in printed
+
+
+def test_real_files_are_asked_as_they_are(
+    tiny_folder: Path, realdata_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = [
+        f"model={tiny_folder}", f"data.root={realdata_root}", f"data.cache_dir={tmp_path}/cache", f"out={tmp_path}/out",
+        "task=[docvqa_val,docvqa_test,chartqa_test]", "conditions=[right,shuffled]", "limit=4",
+        *(f"tasks.{name}.max_new_tokens=2" for name in ("docvqa_val", "docvqa_test", "chartqa_test")),
+    ]  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["evals", *overrides])
+    assert command.main() == 0
+    scored = {
+        path.stem: (result["n"], result["n_scored"])
+        for path in (tmp_path / "out").glob("*.json")
+        for result in [json.loads(path.read_text())]
+    }
+    assert len(scored) == 6
+    for name, (n, n_scored) in scored.items():
+        assert 0 < n <= 4
+        assert n_scored == (0 if name.startswith("docvqa_test") else n), "the test split is published without answers"
+    rows = (tmp_path / "out" / "docvqa_val-right.jsonl").read_text().splitlines()
+    assert all(json.loads(row)["references"] for row in rows)
