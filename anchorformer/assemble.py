@@ -18,7 +18,7 @@ from anchorformer.configuration import AnchorFormerConfig
 from anchorformer.errors import UserError, run_guarded
 from anchorformer.images import ImageTransform
 from anchorformer.modeling import parse_parts
-from anchorformer.processing import IMAGE_TOKEN, AnchorFormerProcessor
+from anchorformer.processing import AnchorFormerProcessor
 from anchorformer.schema import plugin_to_plain
 from anchorformer.vision import VisionTower
 from anchorformer.weights import part_state, write_parts
@@ -46,47 +46,45 @@ def assemble(
     selector_config, connector_config = parse_parts(selector, connector)
     vision_config, text_config = _vision_config(vision), _load_config(language_model, "language model")
     mean, std = _image_statistics(vision)
-    tokenizer = AutoTokenizer.from_pretrained(language_model)
-    if IMAGE_TOKEN not in tokenizer.get_vocab():
-        tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_TOKEN]})
-    config = AnchorFormerConfig(
-        vision_config=vision_config, text_config=text_config,
-        selector=plugin_to_plain(selector_config), connector=plugin_to_plain(connector_config),
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), image_mean=mean, image_std=std,
-    )  # fmt: skip
     log.info("vision tower from %s", vision)
     tower = VisionTower.from_backbone(vision, selector_config.needs)
     num_anchors = selector_config.count(tower.num_tokens, tower.num_heads, tower.has_cls)
-    num_image_tokens = connector_config.count(tower.num_tokens, num_anchors, tower.has_cls)
+    processor = AnchorFormerProcessor(
+        ImageTransform.for_statistics(tower.image_size, mean),
+        AutoTokenizer.from_pretrained(language_model),
+        num_image_tokens=connector_config.count(tower.num_tokens, num_anchors, tower.has_cls),
+        template=template,
+    )
     log.info("language model from %s", language_model)
     llm = AutoModelForCausalLM.from_pretrained(language_model, dtype="auto")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = connector_config.build(tower.width, text_config.hidden_size)
-        if len(tokenizer) > llm.get_input_embeddings().num_embeddings:
-            llm.resize_token_embeddings(len(tokenizer))
-    config.text_config = llm.config
+        if len(processor.tokenizer) > llm.get_input_embeddings().num_embeddings:
+            llm.resize_token_embeddings(len(processor.tokenizer))
+
+    config = AnchorFormerConfig(
+        vision_config=vision_config, text_config=llm.config,
+        selector=plugin_to_plain(selector_config), connector=plugin_to_plain(connector_config),
+        image_token_id=processor.image_token_id, image_mean=mean, image_std=std,
+        architectures=["AnchorFormerForConditionalGeneration"],
+    )  # fmt: skip
+    generation = GenerationConfig.from_model_config(llm.config)
+    # A placeholder is something that is read, never something that is said.
+    generation.update(suppress_tokens=[processor.image_token_id], pad_token_id=_pad_token_id(processor.tokenizer))
 
     partial = out.with_name(f".tmp-{out.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    config.architectures = ["AnchorFormerForConditionalGeneration"]
-    config.save_pretrained(partial)
-    # A placeholder is something that is read, never something that is said.
-    generation = GenerationConfig.from_model_config(llm.config)
-    generation.update(suppress_tokens=[config.image_token_id], pad_token_id=_pad_token_id(tokenizer))
-    generation.save_pretrained(partial)
-    transform = ImageTransform.for_statistics(tower.image_size, mean)
-    AnchorFormerProcessor(transform, tokenizer, num_image_tokens=num_image_tokens, template=template).save_pretrained(
-        partial
-    )
-    named = torch.nn.ModuleDict({"vision_tower": tower, "connector": fresh, "language_model": llm})
-    named.all_tied_weights_keys = {f"language_model.{name}" for name in llm.all_tied_weights_keys}  # type: ignore[assignment]
-    write_parts(partial, {part: part_state(named, part) for part in named})
+    for description in (config, generation, processor):
+        description.save_pretrained(partial)
+    model = torch.nn.ModuleDict({"vision_tower": tower, "connector": fresh, "language_model": llm})
+    tied = {f"language_model.{name}" for name in llm.all_tied_weights_keys}
+    write_parts(partial, {part: part_state(model, part, tied) for part in model})
     if out.exists():
         shutil.rmtree(out)
     partial.rename(out)
-    log.info("model folder %s: %d embeddings per image", out, num_image_tokens)
+    log.info("model folder %s: %d embeddings per image", out, processor.num_image_tokens)
     return out
 
 

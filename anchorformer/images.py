@@ -134,7 +134,6 @@ class ImageTransform:
 
 def normalise(tiles_B3HW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Turns uint8 tiles into what the vision tower was trained on, float32: (x / 255 - mean) / std per channel."""
-    mean_311, std_311 = (
-        torch.tensor(values, dtype=torch.float32, device=tiles_B3HW.device)[:, None, None] for values in (mean, std)
-    )
-    return (tiles_B3HW.float() / 255 - mean_311) / std_311
+    # Channel by channel with Python scalars: there is no constant tensor to move to the device in every step.
+    channels = zip((tiles_B3HW.float() / 255).unbind(-3), mean, std, strict=True)
+    return torch.stack([(channel - shift) / scale for channel, shift, scale in channels], dim=-3)

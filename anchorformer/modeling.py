@@ -15,6 +15,7 @@ from anchorformer.configuration import AnchorFormerConfig
 from anchorformer.connectors.base import ConnectorConfig
 from anchorformer.errors import UserError
 from anchorformer.fusion import fuse
+from anchorformer.images import normalise
 from anchorformer.kernels.attention import TEXT_ATTENTION
 from anchorformer.schema import parse_plugin
 from anchorformer.selectors.base import SelectorConfig
@@ -126,7 +127,9 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """Visual embeddings of images (B, 3, H, W): (B, num_image_tokens, D), D the language model's width."""
-        features = self.vision_tower(self._normalise(pixel_values))
+        if pixel_values.dtype == torch.uint8:
+            pixel_values = normalise(pixel_values, self.config.image_mean, self.config.image_std)
+        features = self.vision_tower(pixel_values)
         return self.connector(self.selector(features), features)
 
     def _see(self, embeds_BSD: Tensor, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
@@ -138,14 +141,6 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
             blank = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=embeds_BSD.device)
             embeds_BSD = embeds_BSD + 0.0 * self.encode_images(blank).sum().to(embeds_BSD.dtype)
         return fuse(embeds_BSD, input_ids, embeds_BSD.new_zeros(0, 1, embeds_BSD.shape[-1]), self.image_token_id)
-
-    def _normalise(self, pixels_B3HW: Tensor) -> Tensor:
-        if pixels_B3HW.dtype != torch.uint8:
-            return pixels_B3HW
-        # Channel by channel with Python scalars: no constant tensor to move to the device in every step.
-        scaled = pixels_B3HW.float() * (1.0 / 255.0)
-        channels = zip(scaled.unbind(1), self.config.image_mean, self.config.image_std, strict=True)
-        return torch.stack([(channel - mean) / std for channel, mean, std in channels], 1)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """Adds the images to the first step only: later steps find them in the cache."""

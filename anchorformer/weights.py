@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -184,10 +184,14 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def part_state(model: torch.nn.Module, part: str) -> dict[str, Tensor]:
-    """Tensors of one part of a whole (not sharded) model under their full names, aliases of tied weights left out."""
-    tied = set(getattr(model, "all_tied_weights_keys", ()))
-    return {k: v for k, v in model.state_dict().items() if k.startswith(part + ".") and k not in tied}
+def part_state(model: torch.nn.Module, part: str, tied: Collection[str] | None = None) -> dict[str, Tensor]:
+    """Tensors of one part of a whole (not sharded) model under their full names.
+
+    Args:
+        tied: names that are aliases of others and are left out; those the model itself names where none are given.
+    """
+    aliases: Collection[str] = model.all_tied_weights_keys if tied is None else tied  # type: ignore[assignment]
+    return {k: v for k, v in model.state_dict().items() if k.startswith(part + ".") and k not in aliases}
 
 
 def _write_shards(folder: Path, part: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
