@@ -58,7 +58,7 @@ test-gpu: install ## what needs a CUDA device
 	@$(PY) -m pytest -m gpu
 
 test-compat: install ## the CPU suite under the oldest supported transformers
-	@$(PY) -m pip install -qq --no-deps --upgrade --target .cache/transformers-$(COMPAT) "transformers==$(COMPAT)"
+	@$(PY) -m pip install -qq --no-deps --upgrade --target .cache/transformers-$(COMPAT) "transformers==$(COMPAT)" "huggingface-hub<2"
 	@PYTHONPATH=$(CURDIR)/.cache/transformers-$(COMPAT):$(CURDIR) $(PY) -m pytest
 
 lint: install ## ruff, mypy, import contracts, shell syntax
