@@ -20,24 +20,32 @@ from train.distributed import World, alone
 from train.folder import RunFolder
 
 MakeRun = Callable[..., RunFolder]
-STEPS, EVERY, KILLED_AT = 20, 4, 13
+STEPS, EVERY, STOPPED_AT = 20, 4, 13
 
 
-def run_until(world: World, folder: str, kill_at: int | None = None) -> None:
-    """Runs a prepared folder; with `kill_at`, every rank is killed in the middle of that step."""
+class Interrupted(Exception):
+    """Planted in the middle of a step."""
+
+
+def run_until(world: World, folder: str, stop_at: int | None = None, is_killed: bool = False) -> None:
+    """Runs a prepared folder; in the middle of step `stop_at` every rank is left or killed."""
     run = RunFolder(Path(folder))
     config = run.read_config()
     rank.prepare_process(config)
     check = trainer.check_numbers
 
     def planted(step: int, *rest: Any) -> None:
-        if step == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if step == stop_at:
+            if is_killed:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise Interrupted
         check(step, *rest)
 
     trainer.check_numbers = planted  # type: ignore[assignment]
     try:
         rank.run_rank(config, run, world)
+    except Interrupted:
+        return
     finally:
         trainer.check_numbers = check
 
@@ -57,27 +65,36 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(name, marks=() if name == "finetune, ZeRO-3" else pytest.mark.slow) for name in CASES],
-)
-def test_killed_and_resumed_equals_uninterrupted(pair: Ranks, make_run: MakeRun, case: str) -> None:
+def sharded(make_run: MakeRun, case: str) -> tuple[RunFolder, RunFolder]:
+    """Two folders of the same run; the second one may be resumed."""
     trains, zero = CASES[case]
     changes = {
         "engine": "deepspeed", "zero__stage": zero, "hardware__ranks": 2, "hardware__micro_batch": 1,
         "stage__max_steps": STEPS, "checkpoint__every": EVERY,
     }  # fmt: skip
-    whole = make_run("whole", trains, **changes)
+    return make_run("whole", trains, **changes), make_run("broken", trains, **changes, resume="auto")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_killed_and_resumed_equals_uninterrupted(pair: Ranks, make_run: MakeRun, case: str) -> None:
+    whole, broken = sharded(make_run, case)
     pair.run(run_until, folder=str(whole.path))
-
-    broken = make_run("broken", trains, **changes, resume="auto")
     with pytest.raises(RanksFailed, match="killed"):
-        pair.run(run_until, folder=str(broken.path), kill_at=KILLED_AT)
-    assert [line["step"] for line in record(broken)] == list(range(1, KILLED_AT))
+        pair.run(run_until, folder=str(broken.path), stop_at=STOPPED_AT, is_killed=True)
+    assert [line["step"] for line in record(broken)] == list(range(1, STOPPED_AT))
     pair.run(run_until, folder=str(broken.path))
-
     assert record(broken) == record(whole)
     assert broken.done.exists()
+
+
+def test_left_and_resumed_equals_uninterrupted(pair: Ranks, make_run: MakeRun) -> None:
+    whole, broken = sharded(make_run, "finetune, ZeRO-3")
+    pair.run(run_until, folder=str(whole.path))
+    pair.run(run_until, folder=str(broken.path), stop_at=STOPPED_AT)
+    assert not broken.done.exists()
+    pair.run(run_until, folder=str(broken.path))
+    assert record(broken) == record(whole)
 
 
 def test_plain_engine_resumes_exactly(make_run: MakeRun) -> None:
