@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
-    # torch is imported after the arguments are known to be good.
+    # The heavy imports come after the arguments are known to be good.
     from miniworld.build import MANIFEST, build
 
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import multiprocessing
@@ -36,6 +37,14 @@ def build(config: MiniWorldConfig, out: Path) -> Path:
     Raises:
         UserError: the language model did not learn to look things up (see `LlamaConfig.gate`).
     """
+    out.mkdir(parents=True, exist_ok=True)
+    # A second caller waits here and then finds everything done, instead of writing into the same folder.
+    with (out / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _build_alone(config, out)
+
+
+def _build_alone(config: MiniWorldConfig, out: Path) -> Path:
     manifest = out / MANIFEST
     if manifest.is_file() and json.loads(manifest.read_text())["digest"] == config.digest:
         log.info("mini world: %s is up to date", out)

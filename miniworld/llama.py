@@ -18,17 +18,17 @@ from miniworld.config import LlamaConfig
 from miniworld.loop import computes_bf16, fit
 from miniworld.pictures import Question
 from miniworld.tokens import ASSISTANT
-from miniworld.world import DOMAINS, Split, entry
+from miniworld.world import DOMAINS, Entry, Split, entry
 
-GATED = ("doc/name", "doc/city", "doc/date", "doc/id", "doc/price")
-"""Templates that a model with a working copy circuit answers from text almost always."""
+GATED = ("doc/name", "doc/city", "doc/date", "doc/id", "doc/shop")
+"""Templates that a model which has learned to look things up answers from text almost always."""
 
 _POOL = 8
 """Batches that are sorted by length together, so that rows of one batch are about equally long."""
 
 
 def build_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    config = HfLlamaConfig(
+    shape = HfLlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=352,
@@ -36,14 +36,18 @@ def build_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=2048,
-        tie_word_embeddings=False,
+        # Tied embeddings and a wide start let copying form early: a word that is attended to is a word that is said.
+        tie_word_embeddings=True,
+        initializer_range=0.08,
+        # With biases a head can look at a distance whatever the words are, which lookups begin with.
+        attention_bias=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     # Written-out attention is several times faster than the fused one at this size on a CPU.
-    config._attn_implementation = "eager"
-    return LlamaForCausalLM(config)
+    shape._attn_implementation = "eager"
+    return LlamaForCausalLM(shape)
 
 
 def train_llama(config: LlamaConfig, tokenizer: PreTrainedTokenizerFast) -> tuple[LlamaForCausalLM, float]:
@@ -66,8 +70,7 @@ def training_batches(config: LlamaConfig, tokenizer: PreTrainedTokenizerFast) ->
     while True:
         rows = []
         for _ in range(_POOL * config.batch):
-            warming = step < config.repeat_share * config.steps
-            rows.append(_row(texts.training_item(drawn, config.seed), warming, words, rng))
+            rows.append(_row(texts.training_item(drawn, config.seed), step / config.steps, words, rng))
             drawn += 1
         rows.sort(key=len)
         starts = range(0, len(rows), config.batch)
@@ -130,13 +133,11 @@ def exact_match(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, per
     return {template: sum(hits) / len(hits) for template, hits in sorted(right.items())}
 
 
-def _row(item: texts.Entry, warming: bool, words: list[str], rng: random.Random) -> str:
-    draw = rng.random()
-    if warming and draw < 0.5:
+def _row(item: Entry, done: float, words: list[str], rng: random.Random) -> str:
+    """One row; `done` is the share of the steps behind us. Copying is practised first, looking up afterwards."""
+    early = done < 0.2
+    babble, repeat, caption, look_up = (0.4, 0.1, 0.1, 0.4) if early else (0.15, 0.05, 0.1, 0.7)
+    kind = rng.choices(("babble", "repeat", "caption", "look up"), (babble, repeat, caption, look_up))[0]
+    if kind == "babble":
         return texts.babbling(words, rng)
-    # Of the other rows, first half and later a sixth are whole captions to be repeated.
-    share = rng.random()
-    repeats = 0.5 if warming else 0.16
-    if share < repeats:
-        return texts.repeating(item) if share < repeats * 0.6 else texts.captioning(item)
-    return texts.looking_up(item)
+    return {"repeat": texts.repeating, "caption": texts.captioning, "look up": texts.looking_up}[kind](item)

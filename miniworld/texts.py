@@ -15,7 +15,8 @@ MAX_TURNS = 6
 
 def looking_up(item: Entry) -> str:
     """A caption and questions about it, rendered as the chat template renders them."""
-    return converse([(first, answer) for first, answer in _asked(item)], opening=item.caption)
+    asked = item.questions()[:MAX_TURNS]
+    return converse([(question.text, question.answer) for question in asked], opening=item.caption)
 
 
 def repeating(item: Entry) -> str:
@@ -30,11 +31,8 @@ def captioning(item: Entry) -> str:
 
 def babbling(words: Sequence[str], rng: random.Random) -> str:
     """Random words to be repeated; nothing but copying predicts them."""
-    said = []
-    for _ in range(3):
-        babble = " ".join(rng.choices(words, k=rng.randint(5, 14)))
-        said.append((babble, babble))
-    return converse(said)
+    babble = " ".join(rng.sample(words, rng.randint(5, 20)))
+    return f"<bos><user> {babble}<asst> {babble}<eos>"
 
 
 def converse(turns: Sequence[tuple[str, str]], opening: str = "") -> str:
@@ -51,7 +49,3 @@ def training_item(index: int, seed: int) -> Entry:
     """Entry `index` of the text stream: the domains take turns."""
     domain = tuple(DOMAINS)[index % len(DOMAINS)]
     return entry(domain, Split.train, "llama", index, seed)
-
-
-def _asked(item: Entry) -> list[tuple[str, str]]:
-    return [(question.text, question.answer) for question in item.questions()[:MAX_TURNS]]

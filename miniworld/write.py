@@ -30,7 +30,8 @@ def write_world(config: WorldConfig, root: Path) -> dict[str, int]:
     with ProcessPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
         writer = _Writer(config, root, pool)
         records = {
-            "llava_pretrain/captions.json": writer.captions(),
+            "llava_pretrain/captions.json": writer.captions(Split.train, config.captions),
+            "llava_pretrain/captions_val.json": writer.captions(Split.val, config.val),
             "llava_instruct/mix.json": writer.conversations(),
             "llava_instruct/val.json": writer.scene_questions(),
             "docvqa/train_v1.0.json": writer.docvqa(Split.train),
@@ -49,8 +50,8 @@ class _Writer:
     def __init__(self, config: WorldConfig, root: Path, pool: ProcessPoolExecutor) -> None:
         self.config, self.root, self.pool = config, root, pool
 
-    def captions(self) -> list[Json]:
-        records = self._each(DOMAINS, Split.train, "captions", self.config.captions, "llava_pretrain/images", _caption)
+    def captions(self, split: Split, count: int) -> list[Json]:
+        records = self._each(DOMAINS, split, "captions", count, "llava_pretrain/images", _caption)
         return _mixed(records, self.config.seed)
 
     def conversations(self) -> list[Json]:
