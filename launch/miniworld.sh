@@ -13,14 +13,19 @@ case $budget in
 esac
 shift
 
-name=$experiment
-root=checkpoints/$name
-world=.cache/miniworld/$budget/world
-conditions="conditions=[right,shuffled,none]"
+output_root=checkpoints
+for argument in "$@"; do
+    [[ $argument != output_root=* ]] || output_root=${argument#output_root=}
+done
+runs=$output_root/$experiment
+cache=.cache/miniworld
+data_root=data.root=$cache/$budget/world
+[[ -z $DRY_RUN ]] || set -- "$@" --dry-run
 
-run "$PYTHON" -m miniworld --budget "$budget" --out .cache/miniworld
-run launch/two_stage.sh "$name" "experiment=$experiment" "$@"
-run "$PYTHON" -m evals "model=$root/align" task=miniworld_caption "data.root=$world" "conditions=[right,shuffled]"
-run "$PYTHON" -m evals "model=$root/finetune" "task=[miniworld_scene,miniworld_chart,miniworld_doc]" \
-    "data.root=$world" "$conditions"
-run "$PYTHON" -m evals.report "$root"
+run "$PYTHON" -m miniworld --budget "$budget" --out "$cache"
+run launch/two_stage.sh "$experiment" "experiment=$experiment" "$@"
+run "$PYTHON" -m evals "model=$runs/align" task=miniworld_caption "$data_root" "conditions=[right,shuffled]"
+run "$PYTHON" -m evals "model=$runs/finetune" "task=[miniworld_scene,miniworld_chart,miniworld_doc]" "$data_root" \
+    "conditions=[right,shuffled,none]"
+run "$PYTHON" -m evals.report "$runs" --seconds install=.venv/.installed \
+    --seconds "mini world=$cache/$budget/manifest.json"

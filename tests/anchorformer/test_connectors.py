@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from anchorformer.connectors.anchor_former import AnchorFormerConnectorConfig
@@ -20,11 +22,21 @@ from anchorformer.errors import UserError
 from anchorformer.schema import parse_plugin, plugin_to_plain
 
 TINY: dict[str, Any] = {"depth": 2, "num_heads": 4, "head_dim": 8, "ff_mult": 2}
-CONFIGS: list[ConnectorConfig] = [
-    AnchorFormerConnectorConfig(**TINY),
-    ResamplerConfig(num_queries=5, **TINY),
-    MlpConfig(),
-]
+CONF = Path(__file__).resolve().parents[2] / "conf" / "connector"
+
+
+def _shipped() -> list[ConnectorConfig]:
+    """Every connector with a YAML of its own, at a tiny size; a new one is tested by having its YAML."""
+    small = TINY | {"num_queries": 5}
+    specs = [yaml.safe_load(path.read_text()) for path in sorted(CONF.glob("*.yaml"))]
+    return [
+        parse_plugin(ConnectorConfig, {key: small.get(key, value) for key, value in spec.items()}, PACKAGE, "connector")
+        for spec in specs
+        if "_target_" in spec  # the others are sizes of one of these
+    ]
+
+
+CONFIGS = _shipped()
 
 
 def _inputs(batch: int = 2, dtype: torch.dtype = torch.float32) -> tuple[Anchors, VisionFeatures]:
