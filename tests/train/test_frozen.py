@@ -82,7 +82,7 @@ def test_optimizer_holds_only_the_connector(tiny_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [("language_model.model.norm.weight", "frozen parameters changed: language_model.model.norm.weight"),
-     (None, "trained parameters did not change")],
+     (None, "trained parts did not change: connector")],
 )  # fmt: skip
 def test_guard_sees_planted_faults(tiny_folder: Path, spoil: str | None, message: str) -> None:
     config = run_config(ALIGN)
@@ -96,6 +96,20 @@ def test_guard_sees_planted_faults(tiny_folder: Path, spoil: str | None, message
     guard.observe(FACTS)
     with pytest.raises(AssertionError, match=message):
         guard.observe(FACTS)
+
+
+def test_guard_names_single_parameters_that_rest(tiny_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = run_config(ALIGN)
+    model = load_frozen(tiny_folder, config)
+    guard = FrozenGuard(build_engine(model, config, alone(), total_steps=4, dtype=torch.float32), alone())
+    trained = [name for name, value in model.named_parameters() if value.requires_grad]
+    for name, value in model.named_parameters():
+        if name in trained[1:]:
+            value.data += 1e-3
+    for _ in range(3):
+        guard.observe(FACTS)
+    assert guard.is_proven
+    assert f"have not changed in 3 steps: {trained[0]}" in caplog.text
 
 
 def test_guard_waits_for_an_image(tiny_folder: Path) -> None:

@@ -29,7 +29,14 @@ DEALS: dict[str, list[list[list[int]]]] = {
 """Rank by rank, micro-batch by micro-batch."""
 
 
-def gradients(world: World, folder: str, deal: list[list[list[int]]], trains: dict[str, Any], zero: int) -> Any:
+def tie(model: Any) -> None:
+    """Output layer and token embeddings become one tensor, as small language models are built."""
+    model.language_model.lm_head.weight = model.language_model.model.embed_tokens.weight
+
+
+def gradients(
+    world: World, folder: str, deal: list[list[list[int]]], trains: dict[str, Any], zero: int, is_tied: bool = False
+) -> Any:
     """Loss, part norms, and on rank 0 every whole gradient of one accumulated step under DeepSpeed."""
     from deepspeed.utils import safe_get_full_grad
 
@@ -39,6 +46,8 @@ def gradients(world: World, folder: str, deal: list[list[list[int]]], trains: di
     )  # fmt: skip
     with loading(config, world, torch.float32):
         model = load_frozen(Path(folder), config)
+    if is_tied:
+        tie(model)
     engine = build_engine(model, config, world, total_steps=4, dtype=torch.float32)
     batches = batches_for(engine.model, deal[world.rank])
     (total,) = world.sum([float(sum(batch.num_supervised for batch in batches))])
@@ -60,10 +69,12 @@ def yardsticks(tiny_folder: Path) -> dict[str, Any]:
 TRAINS = {"finetune": FINETUNE, "everything": EVERYTHING, "align": {"connector": FINETUNE["connector"]}}
 
 
-def plain_gradients(folder: Path, deal: list[list[list[int]]], trains: dict[str, Any]) -> Any:
+def plain_gradients(folder: Path, deal: list[list[list[int]]], trains: dict[str, Any], is_tied: bool = False) -> Any:
     """The same from the plain engine."""
     config = run_config(trains)
     model = load_frozen(folder, config)
+    if is_tied:
+        tie(model)
     engine = build_engine(model, config, alone(), total_steps=4, dtype=torch.float32)
     batches = batches_for(model, deal[0])
     loss = engine.accumulate(batches, sum(batch.num_supervised for batch in batches))
@@ -118,6 +129,15 @@ def test_other_stages_agree(pair: Ranks, tiny_folder: Path, yardsticks: dict[str
     deal = DEALS["three against two"]
     results = pair.run(gradients, folder=str(tiny_folder), deal=deal, trains=TRAINS[stage], zero=zero)
     assert_same(results[0], yardsticks[stage])
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_tied_embeddings_agree(pair: Ranks, tiny_folder: Path, zero: int) -> None:
+    yardstick = plain_gradients(tiny_folder, DEALS["1x8x1"], FINETUNE, is_tied=True)
+    deal = DEALS["three against two"]
+    results = pair.run(gradients, folder=str(tiny_folder), deal=deal, trains=FINETUNE, zero=zero, is_tied=True)
+    assert "language_model.lm_head.weight" not in results[0][2]
+    assert_same(results[0], yardstick)
 
 
 def test_a_step_without_targets_is_zero(tiny_folder: Path) -> None:
