@@ -89,7 +89,7 @@ def draw_pool(split: Split, stream: str, count: int, tokenizer: PreTrainedTokeni
     captions = []
     for index in tqdm(range(count), desc="drawing for the tiny clip", unit="img", leave=False):
         item = entry(tuple(DOMAINS)[index % len(DOMAINS)], split, stream, index, seed)
-        pixels[index] = torch.from_numpy(np.asarray(item.draw())).permute(2, 0, 1)
+        pixels[index] = torch.from_numpy(np.array(item.draw())).permute(2, 0, 1)
         captions.append(f"<bos>{item.caption}<eos>")
     ids = tokenizer(captions, add_special_tokens=False, padding="max_length", max_length=TEXT_LENGTH)["input_ids"]
     return Pool(pixels, torch.tensor(ids))

@@ -42,7 +42,7 @@ def fit(
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            if step >= steps * 0.9:
+            if step >= steps - max(1, steps // 10):
                 tail.append(loss.item())
             if step % 10 == 0:
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import os
 import random
 from collections.abc import Callable, Iterable
@@ -27,7 +28,9 @@ def write_world(config: WorldConfig, root: Path) -> dict[str, int]:
     Returns:
         Number of records per annotation file.
     """
-    with ProcessPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+    # Spawned, because the caller has torch's threads running, which a fork would tear apart.
+    spawned = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(4, os.cpu_count() or 1), mp_context=spawned) as pool:
         writer = _Writer(config, root, pool)
         records = {
             "llava_pretrain/captions.json": writer.captions(Split.train, config.captions),
