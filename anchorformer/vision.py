@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from anchorformer.contracts import VisionFeatures, VisionNeeds
 from anchorformer.errors import UserError
@@ -138,9 +140,10 @@ class VisionTower(nn.Module):
         _family(config)
         _check_cls(config, _family(config).has_cls, needs)
         model_class = AutoModel._model_mapping[type(config)]
-        model, report = model_class.from_pretrained(
-            source, config=config, dtype=dtype or "auto", output_loading_info=True, trust_remote_code=False
-        )
+        with _quiet_loading():
+            model, report = model_class.from_pretrained(
+                source, config=config, dtype=dtype or "auto", output_loading_info=True, trust_remote_code=False
+            )
         tower = cls(model, needs)
         kept = set(model.state_dict())
         missing = sorted(kept & set(report["missing_keys"]))
@@ -226,6 +229,17 @@ class VisionTower(nn.Module):
             return x
         patches = x.shape[dim] - 1 - self.num_registers
         return torch.cat([x.narrow(dim, 0, 1), x.narrow(dim, 1 + self.num_registers, patches)], dim=dim)
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Without transformers' table of a whole CLIP's text half, left out on purpose; gaps are reported by the caller."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 def _vision_config(config: PreTrainedConfig) -> PreTrainedConfig:

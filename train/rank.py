@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +25,9 @@ from train.stage import freeze, render, table
 from train.trainer import Run, train
 
 log = logging.getLogger(__name__)
+
+OWN_LOGGERS = ("anchorformer", "data", "train", "__main__")
+"""What is worth a line at INFO; of other packages only warnings are."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,7 +102,11 @@ def start_logging(folder: RunFolder) -> None:
         handlers.append(logging.StreamHandler(sys.stdout))
     for handler in handlers:
         handler.setFormatter(form)
-    logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
+    logging.basicConfig(level=logging.WARNING, handlers=handlers, force=True)
+    for name in OWN_LOGGERS:
+        logging.getLogger(name).setLevel(logging.INFO)
+    # DeepSpeed's call of a collective that torch is renaming; nothing that a reader of the log could act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     sys.excepthook = _log_crash
 
 

@@ -1,0 +1,45 @@
+"""The README's first command at its smallest budget: world, backbones, two stages on two ranks, answers, report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.products import CHART, DOC, SCENE, launch, margins, steps
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("smoke")
+    launch("miniworld.sh", "smoke", f"output_root={root}")
+    return root / "smoke"
+
+
+def test_both_stages_are_done_and_learned(runs: Path) -> None:
+    for stage in ("align", "finetune"):
+        assert (runs / stage / "DONE").exists()
+        losses = [step["loss"] for step in steps(runs / stage)]
+        assert sum(losses[-5:]) < sum(losses[:5])
+
+
+def test_the_model_reads_its_images(runs: Path) -> None:
+    found = margins(runs)
+    # A tenth of the steps of `make train`: the margins are small, but not chance (300 questions or more per task).
+    assert found["miniworld_caption"] > 0.1, found
+    assert found[SCENE] > 0.05, found
+    assert found[CHART] > 0.03, found
+    assert found[DOC] > 0.0, found
+
+
+def test_the_report_says_it_all(runs: Path) -> None:
+    report = (runs / "report.md").read_text()
+    for part in ("align", "finetune", SCENE, CHART, DOC, "shuffled image", "no image", "tokens/s", "Seconds per part",
+                 "mini world"):  # fmt: skip
+        assert part in report
+
+
+def test_a_second_call_trains_nothing_again(runs: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in runs.glob("*/metrics.jsonl")}
+    launch("two_stage.sh", "smoke", "experiment=smoke", f"output_root={runs.parent}")
+    assert before == {path: path.stat().st_mtime_ns for path in runs.glob("*/metrics.jsonl")}
