@@ -178,7 +178,8 @@ class VisionTower(nn.Module):
         """
         if pixels_B3HW.shape[1:] != (3, self.image_size, self.image_size):
             raise UserError(
-                "images do not fit the vision tower", found=f"(B, 3, H, W) = {tuple(pixels_B3HW.shape)}",
+                "images do not fit the vision tower",
+                found=f"(B, 3, H, W) = {tuple(pixels_B3HW.shape)}",
                 expected=f"H = W = {self.image_size}",
                 remedy="use the processor saved with the model, which resizes to the tower's size",
             )
@@ -251,8 +252,10 @@ def _family(config: PreTrainedConfig) -> _Family:
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise UserError(
-            "this vision tower is not supported", found=f"model_type={config.model_type!r}",
-            expected=f"one of {sorted(FAMILIES)}", remedy="choose such a tower, or add its family to vision.py",
+            "this vision tower is not supported",
+            found=f"model_type={config.model_type!r}",
+            expected=f"one of {sorted(FAMILIES)}",
+            remedy="choose such a tower, or add its family to vision.py",
         )
     return family
 
@@ -260,7 +263,8 @@ def _family(config: PreTrainedConfig) -> _Family:
 def _check_cls(config: PreTrainedConfig, has_cls: bool, needs: VisionNeeds) -> None:
     if needs.cls_scores and not has_cls:
         raise UserError(
-            "the selector needs [CLS] scores", found=f"a {config.model_type} tower, which has no [CLS] token",
+            "the selector needs [CLS] scores",
+            found=f"a {config.model_type} tower, which has no [CLS] token",
             expected=f"a tower with [CLS], or one of the selectors {names_without_cls()}",
             remedy="choose another vision tower (CLIP, DINOv2) or another selector",
         )
@@ -271,8 +275,10 @@ def _num_layers_needed(layer: int, num_layers: int) -> int:
     needed = layer if layer >= 0 else num_layers + 1 + layer
     if not 1 <= needed <= num_layers:
         raise UserError(
-            "the vision tower has no such layer", found=f"layer={layer} of a tower with {num_layers} blocks",
-            expected=f"1 to {num_layers}, or -{num_layers} to -1", remedy="correct `layer` of the selector",
+            "the vision tower has no such layer",
+            found=f"layer={layer} of a tower with {num_layers} blocks",
+            expected=f"1 to {num_layers}, or -{num_layers} to -1",
+            remedy="correct `layer` of the selector",
         )
     return needed
 

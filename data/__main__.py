@@ -68,14 +68,17 @@ def compose_scan(overrides: Sequence[str]) -> ScanConfig:
         plain = None if missing else OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(
-            "the config cannot be composed", found=" / ".join(str(error).splitlines()[:2]),
+            "the config cannot be composed",
+            found=" / ".join(str(error).splitlines()[:2]),
             expected="data=" + "|".join(sorted(path.stem for path in (CONF / "data").glob("*.yaml"))),
             remedy="python -m data --help",
         ) from None
     if missing:
         raise UserError(
-            f"{len(missing)} value(s) are missing", found=", ".join(f"{key}=???" for key in missing),
-            expected="a value for each of them", remedy="add " + " ".join(f"{key}=..." for key in missing),
+            f"{len(missing)} value(s) are missing",
+            found=", ".join(f"{key}=???" for key in missing),
+            expected="a value for each of them",
+            remedy="add " + " ".join(f"{key}=..." for key in missing),
         )
     assert isinstance(plain, dict)
     return parse(ScanConfig, {str(key): value for key, value in plain.items()}, "scan")
@@ -91,7 +94,9 @@ def open_processor(config: ScanConfig) -> AnchorFormerProcessor:
     folder = Path(config.processor)
     if not folder.is_dir():
         raise UserError(
-            "processor is no folder", found=config.processor, expected="a model folder or a tokenizer's folder",
+            "processor is no folder",
+            found=config.processor,
+            expected="a model folder or a tokenizer's folder",
             remedy="e.g. processor=checkpoints/<run>/model",
         )
     if (folder / "processor_config.json").is_file():
@@ -108,8 +113,10 @@ def open_processor(config: ScanConfig) -> AnchorFormerProcessor:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise UserError(
-            "there is no tokenizer", found=f"{folder}: {str(error).splitlines()[0]}",
-            expected="tokenizer.json or tokenizer.model with their configs", remedy="name a model or tokenizer folder",
+            "there is no tokenizer",
+            found=f"{folder}: {str(error).splitlines()[0]}",
+            expected="tokenizer.json or tokenizer.model with their configs",
+            remedy="name a model or tokenizer folder",
         ) from None
     # Pixels are not looked at here, so the size of the tiles does not matter.
     transform = ImageTransform(image_size=32, fill_rgb=(0, 0, 0))

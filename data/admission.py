@@ -35,9 +35,7 @@ class Admission:
     without_targets: np.ndarray
 
 
-def admit(
-    source: Source, lengths: Lengths, encoder: Encoder, max_length: int, overlength: Overlength
-) -> Admission:
+def admit(source: Source, lengths: Lengths, encoder: Encoder, max_length: int, overlength: Overlength) -> Admission:
     """Applies the over-length rule to one source.
 
     Raises:
@@ -82,7 +80,8 @@ def check_share(sources: Sequence[Source], admissions: Sequence[Admission], ceil
                 reasons.append(f"{source.name}: {len(indices)} {reason} ({shown}{', ...' * (len(indices) > NAMED)})")
     if dropped > ceiling * total or dropped == total:
         raise UserError(
-            "too many records would be left out", found=f"{dropped} of {total}; " + "; ".join(reasons),
+            "too many records would be left out",
+            found=f"{dropped} of {total}; " + "; ".join(reasons),
             expected=f"a share of at most {ceiling} (data.max_dropped_share)",
             remedy="look at them with `python -m data scan`; raise data.max_length or the share, or mend the data",
         )
@@ -99,7 +98,9 @@ def explain(source: Source, encoder: Encoder, index: int) -> None:
         encoder.measure(turns_of(record), len(record.images))
     except UserError as error:
         raise UserError(
-            f"{source.name}/{record.id}: {error.what}", found=error.found, expected=error.expected,
+            f"{source.name}/{record.id}: {error.what}",
+            found=error.found,
+            expected=error.expected,
             remedy=f"{error.remedy}; `python -m data scan` lists all such records",
         ) from None
 

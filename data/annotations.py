@@ -37,8 +37,10 @@ def read_entries(path: Path) -> Iterator[Any]:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path}: not UTF-8 text", found=f"byte {content[error.start]:#04x} at byte {error.start}",
-            expected="a JSON file in UTF-8", remedy="fetch the file again",
+            f"{path}: not UTF-8 text",
+            found=f"byte {content[error.start]:#04x} at byte {error.start}",
+            expected="a JSON file in UTF-8",
+            remedy="fetch the file again",
         ) from None
     size = len(content)
     del content
@@ -47,7 +49,8 @@ def read_entries(path: Path) -> Iterator[Any]:
     def failed(problem: str, position: int) -> UserError:
         return UserError(
             f"{path}: the JSON breaks off or is damaged",
-            found=f"{problem} at byte {len(text[:position].encode())} of {size}", expected="complete JSON",
+            found=f"{problem} at byte {len(text[:position].encode())} of {size}",
+            expected="complete JSON",
             remedy="fetch the file again and compare its size or checksum with the published one",
         )
 
@@ -63,7 +66,7 @@ def read_entries(path: Path) -> Iterator[Any]:
             raise failed(error.msg, error.pos) from None
 
     position = skip(0)
-    if text[position:position + 1] != "[":
+    if text[position : position + 1] != "[":
         whole, end = value(position)
         if skip(end) != len(text):
             raise failed("text after the end", end)
@@ -71,18 +74,19 @@ def read_entries(path: Path) -> Iterator[Any]:
             raise UserError(
                 f"{path}: not a list of records",
                 found=f"keys {sorted(whole)[:8]}" if isinstance(whole, dict) else type(whole).__name__,
-                expected="a list, or an object with the list under 'data'", remedy="check which file the source names",
+                expected="a list, or an object with the list under 'data'",
+                remedy="check which file the source names",
             )
         yield from whole["data"]
         return
     position = skip(position + 1)
-    while text[position:position + 1] != "]":
+    while text[position : position + 1] != "]":
         entry, position = value(position)
         yield entry
         position = skip(position)
-        if text[position:position + 1] == ",":
+        if text[position : position + 1] == ",":
             position = skip(position + 1)
-        elif text[position:position + 1] != "]":
+        elif text[position : position + 1] != "]":
             raise failed("no ',' or ']' after a record", position)
     if skip(position + 1) != len(text):
         raise failed("text after the end", position + 1)

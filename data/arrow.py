@@ -28,16 +28,23 @@ FORMAT = 1
 ROWS_PER_BATCH = 1024
 """Rows per Arrow record batch: row i lies in batch i // ROWS_PER_BATCH, so that no offset table is needed."""
 
-SCHEMA = pa.schema([
-    ("id", pa.string()),
-    ("images", pa.list_(pa.string())),
-    ("turns", pa.list_(pa.struct([("role", pa.string()), ("text", pa.string())]))),
-    ("references", pa.list_(pa.string())),
-    ("meta", pa.list_(pa.struct([("key", pa.string()), ("value", pa.string())]))),
-])
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("images", pa.list_(pa.string())),
+        ("turns", pa.list_(pa.struct([("role", pa.string()), ("text", pa.string())]))),
+        ("references", pa.list_(pa.string())),
+        ("meta", pa.list_(pa.struct([("key", pa.string()), ("value", pa.string())]))),
+    ]
+)
+
 
 def open_source(
-    name: str, files: Sequence[AnnotationFile], image_root: Path, options: Mapping[str, Any], cache_dir: Path,
+    name: str,
+    files: Sequence[AnnotationFile],
+    image_root: Path,
+    options: Mapping[str, Any],
+    cache_dir: Path,
     linked_roots: Sequence[Path] = (),
 ) -> ArrowSource:
     """Converts the files unless that has been done before, and opens the result.
@@ -53,12 +60,16 @@ def open_source(
     for file in files:
         if not file.path.is_file():
             raise UserError(
-                f"data.sources.{name}: annotation file is missing", found=_nearest(file.path), expected=file.path,
+                f"data.sources.{name}: annotation file is missing",
+                found=_nearest(file.path),
+                expected=file.path,
                 remedy="check data.root and the source's paths, or fetch the file",
             )
     if not image_root.is_dir():
         raise UserError(
-            f"data.sources.{name}: image folder is missing", found=_nearest(image_root), expected=image_root,
+            f"data.sources.{name}: image folder is missing",
+            found=_nearest(image_root),
+            expected=image_root,
             remedy="check data.root and the source's paths, or fetch the images",
         )
     key = hashlib.sha256(json.dumps([FORMAT, sorted(options.items())], sort_keys=True).encode())
@@ -158,8 +169,10 @@ def _convert(name: str, files: Sequence[AnnotationFile], target: Path) -> None:
                     columns = {field: [] for field in SCHEMA.names}
         if not taken:
             raise UserError(
-                f"data.sources.{name}: there are no records", found=" and ".join(f"{file.path}: []" for file in files),
-                expected="at least one record", remedy="check which files the source names",
+                f"data.sources.{name}: there are no records",
+                found=" and ".join(f"{file.path}: []" for file in files),
+                expected="at least one record",
+                remedy="check which files the source names",
             )
         if columns["id"]:
             writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=SCHEMA))
@@ -174,7 +187,8 @@ def _row(file: AnnotationFile, raw: Any, position: int, taken: set[str]) -> dict
         label = raw.get("id", raw.get("questionId")) if isinstance(raw, dict) else None
         raise UserError(
             f"{file.path}: record {position}{'' if label is None else f' (id {label})'} cannot be used",
-            found=error, expected="a record in the published format",
+            found=error,
+            expected="a record in the published format",
             remedy="correct or remove that record; `python -m data scan` shows what the others hold",
         ) from None
     # Real files repeat ids. Logs and predictions must still tell the records apart.

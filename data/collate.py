@@ -28,9 +28,9 @@ def collate(examples: Sequence[Example], filler: Example | None = None, num_skip
     lengths = [part.input_ids_S.numel() for part in parts]
     borders = torch.zeros(len(lengths) + 1, dtype=torch.int32)
     borders[1:] = torch.tensor(lengths).cumsum(0)
-    next_labels = torch.cat([
-        torch.cat([part.labels_S[1:], part.labels_S.new_full((1,), IGNORE_INDEX)]) for part in parts
-    ])
+    next_labels = torch.cat(
+        [torch.cat([part.labels_S[1:], part.labels_S.new_full((1,), IGNORE_INDEX)]) for part in parts]
+    )
     predict_index = (next_labels != IGNORE_INDEX).nonzero().squeeze(1)
     return Batch(
         input_ids_S=torch.cat([part.input_ids_S for part in parts]),

@@ -21,14 +21,24 @@ class Encoder(Protocol):
     """The part of `AnchorFormerProcessor` that is used here; tests may hand in something smaller."""
 
     def encode(
-        self, turns: Turns, images: Sequence[Image.Image], *, sample_id: str, max_length: int | None = None,
+        self,
+        turns: Turns,
+        images: Sequence[Image.Image],
+        *,
+        sample_id: str,
+        max_length: int | None = None,
         overlength: str = "error",
     ) -> Example:
         """Ids, labels and tiles of one record."""
         ...
 
     def measure(
-        self, turns: Turns, num_images: int, *, sample_id: str = "record", max_length: int | None = None,
+        self,
+        turns: Turns,
+        num_images: int,
+        *,
+        sample_id: str = "record",
+        max_length: int | None = None,
         overlength: str = "error",
     ) -> tuple[int, int]:
         """Length in positions, anchors counted, and number of supervised tokens that `encode` gives, without pixels.

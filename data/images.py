@@ -25,7 +25,8 @@ def locate(ref: ImageRef) -> Path | bytes:
     path = ref.path.resolve()
     if ref.roots and not any(path.is_relative_to(root) for root in ref.roots):
         raise UserError(
-            f"{ref.path}: the image lies outside its root", found=path,
+            f"{ref.path}: the image lies outside its root",
+            found=path,
             expected="a file inside " + " or ".join(map(str, ref.roots)),
             remedy="correct the path, or name the folder a link leads to in the source's linked_roots",
         )

@@ -72,15 +72,21 @@ class Loader:
     """
 
     def __init__(
-        self, config: RunLike, processor: Encoder, rank: int, world_size: int,
-        state: Mapping[str, int] | None = None, pin_memory: bool = False,
+        self,
+        config: RunLike,
+        processor: Encoder,
+        rank: int,
+        world_size: int,
+        state: Mapping[str, int] | None = None,
+        pin_memory: bool = False,
     ) -> None:
         self.config, self.rank, self.world_size, self._pin_memory = config.data, rank, world_size, pin_memory
         self.mixture = Mixture(config.data, processor)
         budget = config.data.token_budget
         if budget is not None and self.mixture.tokens.max() > budget:
             raise UserError(
-                "data.token_budget is smaller than a sample", found=budget,
+                "data.token_budget is smaller than a sample",
+                found=budget,
                 expected=f"at least {self.mixture.tokens.max()}, the longest sample",
                 remedy="raise data.token_budget, or lower data.max_length with data.overlength=drop or truncate_answer",
             )
@@ -120,7 +126,8 @@ class Loader:
             skipped += sum(batch.num_skipped for batch in batches)
             if skipped > self._most_skipped:
                 raise UserError(
-                    f"rank {self.rank} had to skip too many samples for their images", found=skipped,
+                    f"rank {self.rank} had to skip too many samples for their images",
+                    found=skipped,
                     expected=f"at most {self._most_skipped:g}, data.max_dropped_share={self.config.max_dropped_share} "
                     "of its samples of the whole run",
                     remedy="list the bad images with `python -m data scan`, and mend or remove them",
@@ -182,7 +189,10 @@ class _Assembly(Dataset[Batch | UserError]):
                     return None
                 raise _of_sample(record.id, error) from None
         example = self._processor.encode(
-            turns_of(record), images, sample_id=record.id, max_length=self._config.max_length,
+            turns_of(record),
+            images,
+            sample_id=record.id,
+            max_length=self._config.max_length,
             overlength=self._config.overlength.value,
         )
         planned = int(self._mixture.tokens[number])

@@ -53,7 +53,12 @@ class Mixture:
         for source, weight, item in zip(self.sources, self._weights, admissions, strict=True):
             logger.info(
                 "%s: %d records, %d too long and %d without targets left out, %g passes per epoch, %.0f positions on "
-                "average", source.name, len(source), len(item.too_long), len(item.without_targets), weight,
+                "average",
+                source.name,
+                len(source),
+                len(item.too_long),
+                len(item.without_targets),
+                weight,
                 item.tokens.mean() if len(item.tokens) else 0,
             )
 
@@ -103,7 +108,9 @@ def open_sources(config: DataConfig) -> list[tuple[Source, float]]:
     root = Path(config.root)
     if not root.is_dir():
         raise UserError(
-            "data.root is no folder", found=config.root, expected="the folder that the sources' paths start from",
+            "data.root is no folder",
+            found=config.root,
+            expected="the folder that the sources' paths start from",
             remedy="set data.root=/path/to/data",
         )
     opened: list[tuple[Source, float]] = []
@@ -111,15 +118,19 @@ def open_sources(config: DataConfig) -> list[tuple[Source, float]]:
         source = parse_plugin(SourceConfig, spec, PACKAGE, f"data.sources.{name}")
         if source.weight < 0:
             raise UserError(
-                f"data.sources.{name}.weight is negative", found=source.weight, expected="passes per epoch, 0 or more",
+                f"data.sources.{name}.weight is negative",
+                found=source.weight,
+                expected="passes per epoch, 0 or more",
                 remedy=f"set data.sources.{name}.weight=1",
             )
         if source.weight > 0:
             opened.append((source.open(name, root, Path(config.cache_dir)), source.weight))
     if not opened:
         raise UserError(
-            "there is nothing to train on", found=f"data.sources={config.sources}",
-            expected="at least one source with a weight above 0", remedy="choose data=..., one of conf/data/",
+            "there is nothing to train on",
+            found=f"data.sources={config.sources}",
+            expected="at least one source with a weight above 0",
+            remedy="choose data=..., one of conf/data/",
         )
     return opened
 

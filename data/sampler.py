@@ -68,7 +68,7 @@ class Sampler:
         parts: list[np.ndarray] = []
         missing, epoch, first = self.global_batch, state.epoch, state.consumed
         while missing:
-            part = self._order(state.seed, epoch)[first:first + missing]
+            part = self._order(state.seed, epoch)[first : first + missing]
             parts.append(part)
             missing, epoch, first = missing - len(part), epoch + 1, 0
         return np.concatenate(parts)
@@ -94,7 +94,8 @@ class Sampler:
             state = SamplerState(seed, -1, -1)
         if state.seed != seed or state.epoch < 0 or not 0 <= state.consumed < self.size:
             raise UserError(
-                "the saved position in the data does not fit this run", found=dict(saved),
+                "the saved position in the data does not fit this run",
+                found=dict(saved),
                 expected=f"seed={seed}, epoch >= 0 and 0 <= consumed < {self.size} samples per epoch",
                 remedy="resume with the data and the seed that the checkpoint was written with",
             )
@@ -165,9 +166,9 @@ def _deal(
     loads = [0] * count
     for place in sorted(places, key=lambda place: (-lengths[place], place)):
         open_bins = [
-            index for index in range(count)
-            if len(bins[index]) < most_samples
-            and (most_tokens is None or loads[index] + lengths[place] <= most_tokens)
+            index
+            for index in range(count)
+            if len(bins[index]) < most_samples and (most_tokens is None or loads[index] + lengths[place] <= most_tokens)
         ]
         if not open_bins:
             return None

@@ -221,7 +221,7 @@ def _sample(source: Source, index: int, processor: AnchorFormerProcessor) -> str
         if mark == "image":
             text += f"{dim}[{length} anchors]{end if dim else ''}"
         else:
-            piece = processor.tokenizer.decode(ids[position:position + length])
+            piece = processor.tokenizer.decode(ids[position : position + length])
             text += f"{start}{piece}{end}" if mark == "target" else piece
         position += length
     supervised = sum(label != IGNORE_INDEX for label in labels)

@@ -62,12 +62,14 @@ def _build_alone(config: MiniWorldConfig, out: Path) -> Path:
     llama_folder, clip_folder = out / "backbones" / "llama", out / "backbones" / "clip"
     save_tokenizer(train_tokenizer(), llama_folder)
     seconds["tokenizer"] = time.perf_counter() - started
+    started = time.perf_counter()
     # One process with one thread each: operations this small hardly gain from a second thread, and a fixed thread
     # count makes the result the same on machines with other numbers of cores.
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
         clip = pool.submit(_clip, config.clip, llama_folder, clip_folder)
         llama = pool.submit(_llama, config.llama, llama_folder)
         reports = {"clip": clip.result(), "llama": llama.result()}
+    seconds["backbones"] = time.perf_counter() - started
     _check_gate(reports["llama"], config.llama)
     content = {
         "digest": config.digest,

@@ -54,7 +54,9 @@ class Bars:
                         Question("chart/most", "which bar is the tallest?", tallest, reasoning=True),
                         Question("chart/least", "which bar is the shortest?", shortest, reasoning=True),
                         Question(
-                            "chart/compare", f"is {first} taller than {second}?", "yes" if height > other else "no",
+                            "chart/compare",
+                            f"is {first} taller than {second}?",
+                            "yes" if height > other else "no",
                             reasoning=True,
                         ),
                     ]

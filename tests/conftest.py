@@ -22,7 +22,8 @@ CONNECTOR = {
 }
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
-    "{{ message['content'] + eos_token }}{% else %}{{ '<user>' + message['content'] + '<asst>' }}{% endif %}{% endfor %}"
+    "{{ message['content'] + eos_token }}{% else %}{{ '<user>' + message['content'] + '<asst>' }}"
+    "{% endif %}{% endfor %}"
 )
 SENTENCES = [
     "what color is the star? red", "how many objects are there? 3", "a large green circle at the top left",

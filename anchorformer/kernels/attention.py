@@ -99,8 +99,13 @@ def attend_flat(
 
     # Padding stands after each sample, so causality alone hides it from every real query, and no mask is needed.
     out = attend(
-        rectangle(query_1HSK), rectangle(key_1hSK), rectangle(value_1hSK),
-        scale=scale, causal=True, dropout=dropout, backend=backend,
+        rectangle(query_1HSK),
+        rectangle(key_1hSK),
+        rectangle(value_1hSK),
+        scale=scale,
+        causal=True,
+        dropout=dropout,
+        backend=backend,
     ).flatten(0, 1)
     return (out if back is None else out.index_select(0, back)).unsqueeze(0)
 
@@ -206,7 +211,8 @@ def _refuse_unknown_rules(kwargs: dict[str, Any]) -> None:
     rules = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if rules:
         raise UserError(
-            "this language model's attention has rules that are not implemented here", found=", ".join(rules),
+            "this language model's attention has rules that are not implemented here",
+            found=", ".join(rules),
             expected="plain causal attention, as in Llama, Vicuna, Mistral or Qwen2",
             remedy="choose a language model without them",
         )
@@ -251,13 +257,23 @@ def _varlen(
 
     if dropout > 0:
         raise UserError(
-            "the varlen kernel has no attention dropout", found=f"attention_dropout={dropout}",
-            expected="attention_dropout=0", remedy="set attention_dropout to 0 in the language model's config.json",
+            "the varlen kernel has no attention dropout",
+            found=f"attention_dropout={dropout}",
+            expected="attention_dropout=0",
+            remedy="set attention_dropout to 0 in the language model's config.json",
         )
     query, key, value = (x[0].transpose(0, 1) for x in (query_1HSK, key_1hSK, value_1hSK))
     out = varlen_attn(
-        query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
-        scale=scale, window_size=(-1, 0), enable_gqa=query.shape[1] != key.shape[1],
+        query,
+        key,
+        value,
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
+        scale=scale,
+        window_size=(-1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
     )
     return cast(Tensor, out).unsqueeze(0)
 

@@ -72,7 +72,8 @@ def require_cls(selector: str, has_cls: bool) -> None:
     """
     if not has_cls:
         raise UserError(
-            f"selector '{selector}' ranks patches by the attention of [CLS]", found="a vision tower without [CLS]",
+            f"selector '{selector}' ranks patches by the attention of [CLS]",
+            found="a vision tower without [CLS]",
             expected=f"a tower with [CLS], or one of the selectors {names_without_cls()}",
             remedy="choose another vision tower (CLIP, DINOv2) or another selector",
         )

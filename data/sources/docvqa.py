@@ -36,7 +36,8 @@ class DocvqaConfig(LocalSourceConfig):
         if len(present) > 1:
             raise UserError(
                 f"data.sources.{name}: split '{self.split}' is there twice",
-                found=", ".join(path.name for path in present), expected="one file per split",
+                found=", ".join(path.name for path in present),
+                expected="one file per split",
                 remedy=f"set data.sources.{name}.annotations to the one to read",
             )
         file = AnnotationFile(present[0] if present else folder / names[0], self._parse)

@@ -62,7 +62,8 @@ class HuggingfaceConfig(SourceConfig):
             rows, version = self._load(local, cache_dir)
         except (FileNotFoundError, ValueError, ConnectionError, datasets.exceptions.DatasetsError) as error:
             raise UserError(
-                f"data.sources.{name}: the dataset cannot be opened", found=str(error).split("\n")[0][:300],
+                f"data.sources.{name}: the dataset cannot be opened",
+                found=str(error).split("\n")[0][:300],
                 expected=f"parquet files or a saved dataset in {local}, or a hub id, with split {self.split}",
                 remedy="check dataset, split and subset; offline, only local folders and what is cached can be opened",
             ) from None
@@ -70,8 +71,9 @@ class HuggingfaceConfig(SourceConfig):
         absent = [column for column in named if column is not None and column not in rows.column_names]
         if absent:
             raise UserError(
-                f"data.sources.{name}: column(s) missing", found=f"no {', '.join(absent)}; there are "
-                + ", ".join(rows.column_names), expected="the columns that the config names",
+                f"data.sources.{name}: column(s) missing",
+                found=f"no {', '.join(absent)}; there are " + ", ".join(rows.column_names),
+                expected="the columns that the config names",
                 remedy=f"set data.sources.{name}.image, .conversations, .question, .answers and .id, or null them",
             )
         options = {key: value for key, value in to_plain(self).items() if key not in ("weight", "dataset")}
@@ -91,7 +93,9 @@ class HuggingfaceConfig(SourceConfig):
             if not files:
                 raise FileNotFoundError(f"no *.parquet in {local}")
             rows = datasets.load_dataset(
-                "parquet", data_files={self.split: [str(file) for file in files]}, split=self.split,
+                "parquet",
+                data_files={self.split: [str(file) for file in files]},
+                split=self.split,
                 cache_dir=str(cache_dir / "datasets"),
             )
             version = _stamp(files)
@@ -128,8 +132,10 @@ class HuggingfaceSource:
             return self._record(row, self.record_id(index))
         except RecordError as error:
             raise UserError(
-                f"{self.name}: row {index} of {self._config.dataset} cannot be used", found=error,
-                expected="a row in the form that the config names", remedy="correct or remove that row",
+                f"{self.name}: row {index} of {self._config.dataset} cannot be used",
+                found=error,
+                expected="a row in the form that the config names",
+                remedy="correct or remove that row",
             ) from None
 
     def _record(self, row: dict[str, Any], record_id: str) -> Record:
@@ -146,9 +152,7 @@ class HuggingfaceSource:
             raise RecordError(f"question {question!r} and answers {answers!r} are not text")
         asked = "".join(f"{IMAGE}\n" for _ in images) + question + config.prompt_suffix
         answered = [Turn(Role.assistant, answers[0])] if answers else []
-        return Record(
-            id=record_id, images=images, turns=(Turn(Role.user, asked), *answered), references=tuple(answers)
-        )
+        return Record(id=record_id, images=images, turns=(Turn(Role.user, asked), *answered), references=tuple(answers))
 
     def _image(self, item: dict[str, Any]) -> ImageRef:
         if item.get("bytes") is not None:

@@ -61,7 +61,12 @@ def test_backends_equal_plain_softmax_and_its_gradients(
     weights = torch.randn_like(expected)
     expected_grads = torch.autograd.grad((expected * weights).sum(), (query, key, value))
     found = attend(
-        query, key, value, scale=8**-0.5, causal=kind == "causal", mask=mask if kind == "mask" else None,
+        query,
+        key,
+        value,
+        scale=8**-0.5,
+        causal=kind == "causal",
+        mask=mask if kind == "mask" else None,
         backend=backend,
     )
     found_grads = torch.autograd.grad((found * weights).sum(), (query, key, value))
@@ -97,8 +102,12 @@ def test_flat_attention_is_causal_attention_inside_each_sample(lengths: list[int
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     dtype = torch.bfloat16 if half else torch.float32
     found = attend_flat(
-        query.to(dtype), key.to(dtype), value.to(dtype),
-        scale=8**-0.5, cu_seqlens=cu_seqlens, max_seqlen=max(lengths),
+        query.to(dtype),
+        key.to(dtype),
+        value.to(dtype),
+        scale=8**-0.5,
+        cu_seqlens=cu_seqlens,
+        max_seqlen=max(lengths),
     )
     tolerance = 5e-2 if half else 1e-5  # bf16 keeps 8 bits: values up to ~3 are rounded by up to 1e-2, several times
     torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=tolerance)
@@ -136,8 +145,12 @@ def test_varlen_error_is_at_most_twice_that_of_the_rectangle(groups: int) -> Non
     def error(dtype: torch.dtype, device: str) -> Tensor:
         tensors = [x.to(device, dtype) for x in (query, key, value)]
         out = attend_flat(
-            tensors[0], tensors[1], tensors[2],
-            scale=width**-0.5, cu_seqlens=cu_seqlens.to(device), max_seqlen=max(lengths),
+            tensors[0],
+            tensors[1],
+            tensors[2],
+            scale=width**-0.5,
+            cu_seqlens=cu_seqlens.to(device),
+            max_seqlen=max(lengths),
         )
         return (out.cpu().double() - expected).abs().max()
 
@@ -152,8 +165,14 @@ LENGTHS = [5, 11, 3]
 
 def _language_model(family: str, **changes: Any) -> PreTrainedModel:
     sizes: dict[str, Any] = {
-        "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-        "num_attention_heads": 4, "max_position_embeddings": 64, "initializer_range": 0.3, **changes,
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,
+        **changes,
     }
     torch.manual_seed(2)
     model: PreTrainedModel
@@ -246,7 +265,11 @@ def test_generation_with_a_cache_equals_generation_without(family: str, cache: s
     model, samples = _language_model(family), _ids()
     ids, mask = _padded(samples, "left")
     options: dict[str, Any] = {
-        "attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None,
+        "attention_mask": mask,
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "eos_token_id": None,
     }
     without = model.generate(ids, use_cache=False, **options)
     chosen = {"cache_implementation": "static", "disable_compile": True} if cache == "static" else {}
@@ -317,8 +340,10 @@ def test_sliding_windows_are_kept_in_the_padded_form_and_refused_in_the_flat_one
     stock.load_state_dict(model.state_dict())
     with torch.no_grad():
         torch.testing.assert_close(
-            model(ids, use_cache=False).logits, stock(ids, use_cache=False).logits,
-            atol=LOGIT_TOLERANCE, rtol=LOGIT_TOLERANCE,
+            model(ids, use_cache=False).logits,
+            stock(ids, use_cache=False).logits,
+            atol=LOGIT_TOLERANCE,
+            rtol=LOGIT_TOLERANCE,
         )
 
 

@@ -30,7 +30,11 @@ from anchorformer.selectors.anchor import AnchorSelectorConfig, select_anchors
 from anchorformer.vision import FAMILIES, VisionTower
 
 SIZES: dict[str, Any] = {
-    "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 56, "patch_size": 14,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "image_size": 56,
+    "patch_size": 14,
 }
 NEEDS = VisionNeeds(layer=-2, cls_scores=True)
 # fp32, four tiny layers, sums in another order (fused or not): a hundred roundings of values of order one.
@@ -298,9 +302,7 @@ class _Holder(PreTrainedModel):
 
     def __init__(self, config: _HolderConfig) -> None:
         super().__init__(config)
-        self.vision_tower = VisionTower.from_config(
-            _config(config.vision), AnchorSelectorConfig(num_anchors=9).needs
-        )
+        self.vision_tower = VisionTower.from_config(_config(config.vision), AnchorSelectorConfig(num_anchors=9).needs)
         self.post_init()
 
 

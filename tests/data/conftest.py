@@ -33,7 +33,10 @@ def processor() -> AnchorFormerProcessor:
     trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=alphabet)
     tokenizer.train_from_iterator(["question answer"], trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
         chat_template="{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}"
         "{{ eos_token }}{% else %}{{ m['content'] }}\n{% endif %}{% endfor %}",
     )
@@ -45,6 +48,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\n"
 
 def _png_header(width: int, height: int) -> bytes:
     """A PNG that claims a size and holds no pixels."""
+
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -79,9 +83,13 @@ class Corpus:
 
     def add(self, record_id: Any, image: Any = None, question: str = "what?", answer: str = "this") -> None:
         images = [] if image is None else image if isinstance(image, list) else [image]
-        record = {"id": record_id, "conversations": [
-            {"from": "human", "value": "<image>\n" * len(images) + question}, {"from": "gpt", "value": answer},
-        ]}
+        record = {
+            "id": record_id,
+            "conversations": [
+                {"from": "human", "value": "<image>\n" * len(images) + question},
+                {"from": "gpt", "value": answer},
+            ],
+        }
         self.records.append({**record, "image": image} if images else record)
 
     def write(self) -> dict[str, Any]:
@@ -94,7 +102,8 @@ class Corpus:
         sources = values.pop("sources", None) or {"own": self.write()}
         return parse(
             DataConfig,
-            {"root": str(self.root), "sources": sources, "cache_dir": str(self.root / "cache"), **values}, "data",
+            {"root": str(self.root), "sources": sources, "cache_dir": str(self.root / "cache"), **values},
+            "data",
         )
 
 

@@ -125,9 +125,7 @@ def test_a_worker_s_error_is_the_user_s_error(filled: Any, processor: AnchorForm
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_skipping_is_deterministic_and_counted(
-    filled: Any, processor: AnchorFormerProcessor, workers: int
-) -> None:
+def test_skipping_is_deterministic_and_counted(filled: Any, processor: AnchorFormerProcessor, workers: int) -> None:
     good = list(Loader(_Run(filled.config()), processor, 0, 1))
     for index, how in zip((0, 1, 3, 4, 6), BAD, strict=True):
         filled.spoil(f"{index}.png", how)

@@ -156,9 +156,7 @@ def test_weights_are_passes_per_epoch(filled: Any, processor: AnchorFormerProces
     ({"sources": {"own": {**LLAVA, "annotation": "x"}}}, "do not fit"),
     ({"sources": {"own": {"_target_": "os.path.join"}}}, "does not name"),
 ])  # fmt: skip
-def test_config_mistakes(
-    corpus: Any, processor: AnchorFormerProcessor, change: dict[str, Any], expected: str
-) -> None:
+def test_config_mistakes(corpus: Any, processor: AnchorFormerProcessor, change: dict[str, Any], expected: str) -> None:
     corpus.add(1)
     with pytest.raises(UserError, match=expected):
         Mixture(corpus.config(**change), processor)

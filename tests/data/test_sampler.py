@@ -37,7 +37,7 @@ def test_each_sample_once_per_epoch(size: int, global_batch: int, seed: int, epo
         stream += sampler.batch(state).tolist()
         state = sampler.after(state)
     for epoch in range(epochs):
-        assert sorted(stream[epoch * size:(epoch + 1) * size]) == list(range(size))
+        assert sorted(stream[epoch * size : (epoch + 1) * size]) == list(range(size))
 
 
 @given(st.integers(1, 40), st.integers(1, 17), st.integers(0, 9), st.integers(0, 30))

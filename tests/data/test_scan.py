@@ -116,7 +116,10 @@ def _write_group(corpus: Any) -> list[str]:
     corpus.write()
     own = "data.sources.captions"
     return [
-        "data=miniworld_align", f"data.root={corpus.root}", f"{own}.annotations=records.json", f"{own}.images=images",
+        "data=miniworld_align",
+        f"data.root={corpus.root}",
+        f"{own}.annotations=records.json",
+        f"{own}.images=images",
         f"data.cache_dir={corpus.root / 'cache'}",
     ]
 
@@ -148,9 +151,9 @@ def test_bare_tokenizer(processor: AnchorFormerProcessor, corpus: Any, tmp_path:
     assert (opened.num_image_tokens, opened.template) == (17, "v1")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no tokenizer"):
-        open_processor(compose_scan(
-            [*overrides[:-1], f"processor={tmp_path / 'empty'}", "num_image_tokens=17", "template=v1"]
-        ))
+        open_processor(
+            compose_scan([*overrides[:-1], f"processor={tmp_path / 'empty'}", "num_image_tokens=17", "template=v1"])
+        )
 
 
 @pytest.mark.parametrize(("overrides", "expected"), [
@@ -213,8 +216,10 @@ def _run(data: DataConfig) -> Any:
     from types import SimpleNamespace
 
     return SimpleNamespace(
-        data=data, stage=SimpleNamespace(global_batch=16, epochs=None, max_steps=3),
-        hardware=SimpleNamespace(micro_batch=4), seed=0,
+        data=data,
+        stage=SimpleNamespace(global_batch=16, epochs=None, max_steps=3),
+        hardware=SimpleNamespace(micro_batch=4),
+        seed=0,
     )
 
 

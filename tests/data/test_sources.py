@@ -36,15 +36,19 @@ def _records(source: Any) -> list[Record]:
 
 def test_llava(tmp_path: Path, write_json: Write) -> None:
     (tmp_path / "images").mkdir()
-    write_json("mix.json", [
-        {"id": 7, "image": "coco/a.jpg", "conversations": CONVERSATION},
-        {"id": "7", "image": ["a.jpg", "b.jpg"], "system_prompt": "Be short.", "conversations": CONVERSATION},
-        {"conversations": [{"from": "human", "value": "hello"}, {"from": "gpt", "value": ""}]},
-    ])
+    write_json(
+        "mix.json",
+        [
+            {"id": 7, "image": "coco/a.jpg", "conversations": CONVERSATION},
+            {"id": "7", "image": ["a.jpg", "b.jpg"], "system_prompt": "Be short.", "conversations": CONVERSATION},
+            {"conversations": [{"from": "human", "value": "hello"}, {"from": "gpt", "value": ""}]},
+        ],
+    )
     first, second, third = _records(_open(LLAVA, tmp_path, tmp_path / "cache"))
     assert first.images[0].path == tmp_path / "images/coco/a.jpg"
     assert [(turn.role, turn.text) for turn in first.turns] == [
-        (Role.user, "<image>\nwhat?"), (Role.assistant, "this"),
+        (Role.user, "<image>\nwhat?"),
+        (Role.assistant, "this"),
     ]
     assert (first.id, second.id, third.id) == ("7", "7~2", "#2")
     assert second.meta == (("duplicate_of", "7"),)
@@ -74,10 +78,13 @@ def test_docvqa(tmp_path: Path, write_json: Write) -> None:
 @pytest.mark.parametrize("folder", ["chartqa", "chartqa/ChartQA Dataset"])
 def test_chartqa(tmp_path: Path, write_json: Write, folder: str) -> None:
     (tmp_path / folder / "train/png").mkdir(parents=True)
-    write_json(f"{folder}/train/train_human.json", [
-        {"imgname": "a.png", "query": "how many?", "label": 3},
-        {"imgname": "a.png", "query": "which?", "label": "[Austria, Chile]"},
-    ])
+    write_json(
+        f"{folder}/train/train_human.json",
+        [
+            {"imgname": "a.png", "query": "how many?", "label": 3},
+            {"imgname": "a.png", "query": "which?", "label": "[Austria, Chile]"},
+        ],
+    )
     write_json(f"{folder}/train/train_augmented.json", [{"imgname": "b.png", "query": "how much?", "label": "0.5"}])
     source = _open(CHARTQA, tmp_path, tmp_path / "cache")
     records = _records(source)
@@ -141,9 +148,7 @@ def test_cache_follows_content_and_options(tmp_path: Path, write_json: Write) ->
     ({"id": 5, "conversations": ["hello"]}, "'from' is none of"),
     ("hello", "not an object"),
 ])  # fmt: skip
-def test_a_record_that_cannot_be_used_is_named(
-    tmp_path: Path, write_json: Write, record: Any, expected: str
-) -> None:
+def test_a_record_that_cannot_be_used_is_named(tmp_path: Path, write_json: Write, record: Any, expected: str) -> None:
     (tmp_path / "images").mkdir()
     file = write_json("mix.json", [{"id": 1, "conversations": CONVERSATION}, record])
     with pytest.raises(UserError, match="record 1") as caught:

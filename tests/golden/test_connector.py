@@ -40,7 +40,9 @@ def _weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _sizes(case: dict[str, Any]) -> dict[str, Any]:
     return {
-        "depth": case["depth"], "num_heads": case["heads"], "head_dim": case["dim_head"],
+        "depth": case["depth"],
+        "num_heads": case["heads"],
+        "head_dim": case["dim_head"],
         "ff_mult": case.get("ff_mult", 4),
     }
 
@@ -122,7 +124,8 @@ def test_skipping_the_stack_is_the_mlp_connector(golden_root: Path) -> None:
         connector = MlpConfig().build(tensors["w.1.weight"].shape[1], tensors["w.1.weight"].shape[0])
         renumbered = {"0": "1", "2": "3"}
         published = {
-            f"{ours}.{kind}": tensors[f"w.{theirs}.{kind}"] for ours, theirs in renumbered.items()
+            f"{ours}.{kind}": tensors[f"w.{theirs}.{kind}"]
+            for ours, theirs in renumbered.items()
             for kind in ("weight", "bias")
         }
         connector.load_state_dict(from_published(published, connector.state_dict()))

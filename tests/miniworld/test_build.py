@@ -71,7 +71,7 @@ def test_other_numbers_or_a_missing_manifest_build_again(built: Path, monkeypatc
 
 def test_digest_follows_numbers_and_code_but_no_words() -> None:
     assert len({config.digest for config in BUDGETS.values()}) == len(BUDGETS)
-    assert _code_of('"""a"""\nx = 1  # why\ndef f():\n    "b"\n    return x') == _code_of('x = 1\ndef f():\n  return x')
+    assert _code_of('"""a"""\nx = 1  # why\ndef f():\n    "b"\n    return x') == _code_of("x = 1\ndef f():\n  return x")
     assert _code_of("x = 1") != _code_of("x = 2")
 
 

@@ -123,9 +123,7 @@ def test_captions_name_every_shape_at_the_place_where_pixels_are() -> None:
 def test_bars_are_as_tall_as_their_values() -> None:
     bars = Bars((("red", 2), ("green", 7), ("blue", 4)))
     pixels = np.asarray(bars.draw(random.Random(0))).astype(int)
-    heights = [
-        (np.abs(pixels - np.array(COLORS[color])).max(-1) <= 14).any(1).sum() / 9 for color, _ in bars.values
-    ]
+    heights = [(np.abs(pixels - np.array(COLORS[color])).max(-1) <= 14).any(1).sum() / 9 for color, _ in bars.values]
     assert heights == pytest.approx([2, 7, 4], abs=0.25)
 
 
