@@ -65,7 +65,7 @@ lint: install ## ruff, mypy, import contracts, shell syntax
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
-	@$(VENV)/bin/lint-imports --no-cache >.cache/lint-imports.log || { cat .cache/lint-imports.log; exit 1; }
+	@report=$$($(VENV)/bin/lint-imports --no-cache) || { echo "$$report"; exit 1; }
 	@for script in launch/*.sh launch/*.sbatch .ci/run; do bash -n $$script; done
 	@echo "lint: ok"
 
