@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import CLIPVisionConfig, LlamaConfig
 
+from anchorformer.configuration import AnchorFormerConfig
+from anchorformer.connectors.anchor_former import AnchorFormerConnectorConfig
 from anchorformer.errors import UserError
 from anchorformer.modeling import AnchorFormerForConditionalGeneration
+from anchorformer.schema import plugin_to_plain
+from anchorformer.selectors.anchor import AnchorSelectorConfig
 from anchorformer.weights import load_model
 
 Sample = tuple[Tensor, Tensor]
@@ -191,3 +197,27 @@ def test_gradient_checkpointing_changes_nothing(model: AnchorFormerForConditiona
         gradients.append([p.grad.clone() for p in model.connector.parameters()])
     for once, again in zip(*gradients, strict=True):
         assert torch.equal(once, again)
+
+
+def test_the_published_model_builds_at_true_shapes_without_weights(golden_root: Path) -> None:
+    counts = json.loads((golden_root / "params" / "param_counts.json").read_text())
+    vision = CLIPVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
+        patch_size=14,
+    )  # fmt: skip
+    vicuna = LlamaConfig(
+        vocab_size=32001, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
+    )
+    for row in counts["table"]:
+        config = AnchorFormerConfig(
+            vision_config=vision, text_config=vicuna, image_token_id=32000,
+            selector=plugin_to_plain(AnchorSelectorConfig(num_anchors=145)),
+            connector=plugin_to_plain(AnchorFormerConnectorConfig(depth=row["depth"])),
+        )  # fmt: skip
+        with torch.device("meta"):
+            model = AnchorFormerForConditionalGeneration(config)
+        assert model.num_image_tokens == 145
+        projector = sum(p.numel() for p in model.connector.projector.parameters())
+        assert projector == counts["mlp2x_1024_to_4096"]
+        assert sum(p.numel() for p in model.connector.parameters()) - projector == row["without_latents"]
+    assert all(parameter.is_meta for parameter in model.parameters())
