@@ -43,18 +43,22 @@ def assemble(
     Raises:
         UserError: a backbone that cannot be found or does not fit the selector or connector.
     """
+    # Everything that can be refused is refused here, from configurations and tokenizer files alone.
     selector_config, connector_config = parse_parts(selector, connector)
-    vision_config, text_config = _vision_config(vision), _load_config(language_model, "language model")
+    vision_config, text_config = _vision_config(vision), _text_config(language_model)
     mean, std = _image_statistics(vision)
-    log.info("vision tower from %s", vision)
-    tower = VisionTower.from_backbone(vision, selector_config.needs)
-    num_anchors = selector_config.count(tower.num_tokens, tower.num_heads, tower.has_cls)
+    with torch.device("meta"):
+        shape = VisionTower.from_config(vision_config, selector_config.needs)
+    num_anchors = selector_config.count(shape.num_tokens, shape.num_heads, shape.has_cls)
     processor = AnchorFormerProcessor(
-        ImageTransform.for_statistics(tower.image_size, mean),
+        ImageTransform.for_statistics(shape.image_size, mean),
         AutoTokenizer.from_pretrained(language_model),
-        num_image_tokens=connector_config.count(tower.num_tokens, num_anchors, tower.has_cls),
+        num_image_tokens=connector_config.count(shape.num_tokens, num_anchors, shape.has_cls),
         template=template,
     )
+
+    log.info("vision tower from %s", vision)
+    tower = VisionTower.from_backbone(vision, selector_config.needs)
     log.info("language model from %s", language_model)
     llm = AutoModelForCausalLM.from_pretrained(language_model, dtype="auto")
     with torch.random.fork_rng(devices=[]):
@@ -89,19 +93,33 @@ def assemble(
 
 
 def _load_config(name: str, role: str) -> PreTrainedConfig:
+    is_path = name.startswith(("/", ".", "~"))
     try:
+        if is_path and not Path(name).is_dir():
+            raise FileNotFoundError("no such folder")
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise UserError(
             f"the {role} cannot be found", found=f"{name}: {str(error).splitlines()[0]}",
-            expected="a hub id that can be reached, or a folder with a config.json",
-            remedy="check the name, or download it first and give the folder",
+            expected="a folder with a config.json" if is_path else "a hub id that can be reached, or a folder",
+            remedy="check the path" if is_path else "check the name, or download it first and give the folder",
         ) from None  # fmt: skip
 
 
 def _vision_config(name: str) -> PreTrainedConfig:
     config = _load_config(name, "vision tower")
     return getattr(config, "vision_config", config)
+
+
+def _text_config(name: str) -> PreTrainedConfig:
+    config = _load_config(name, "language model")
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UserError(
+            "the language model is not one", found=f"{name}, model_type={config.model_type!r}",
+            expected="a causal language model, such as Llama, Vicuna, Mistral or Qwen2",
+            remedy="check whether model.vision and model.language_model have been swapped",
+        )  # fmt: skip
+    return config
 
 
 def _image_statistics(vision: str) -> tuple[tuple[float, float, float], tuple[float, float, float]]:

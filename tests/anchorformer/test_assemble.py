@@ -1,0 +1,47 @@
+"""Assembly: what does not fit is refused from configurations and tokenizers, before a weight is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from anchorformer.assemble import assemble
+from anchorformer.errors import UserError
+from anchorformer.vision import VisionTower
+from tests.conftest import ANCHOR, CONNECTOR
+
+CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "T that the heads do not divide": ({"selector": ANCHOR | {"num_anchors": 8}}, ["num_anchors=8", "num_anchors=9"]),
+    "unknown template": ({"template": "vicuna"}, ["vicuna", "chat"]),
+    "template the tokenizer has no files for": ({"template": "chat", "language_model": "bare"}, ["chat_template"]),
+    "swapped backbones": ({"language_model": "clip"}, ["'clip'", "swapped"]),
+    "folder that is not there": ({"vision": "./nowhere"}, ["./nowhere", "no such folder"]),
+    "no image statistics": ({"vision": "llama"}, ["preprocessor_config.json"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES, ids=list(CASES))
+def test_refused_before_weights_are_loaded(
+    case: str, tiny_backbones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*_: object, **__: object) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(VisionTower, "from_backbone", loaded)
+    changes, fragments = CASES[case]
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (bare / name).write_bytes((tiny_backbones / "llama" / name).read_bytes())
+    named = {"clip": str(tiny_backbones / "clip"), "llama": str(tiny_backbones / "llama"), "bare": str(bare)}
+    arguments = {"vision": "clip", "language_model": "llama", "selector": ANCHOR, "connector": CONNECTOR,
+                 "template": "chat"} | changes  # fmt: skip
+    for role in ("vision", "language_model"):
+        arguments[role] = named.get(arguments[role], arguments[role])
+    with pytest.raises(UserError) as caught:
+        assemble(**arguments, out=tmp_path / "out")
+    for fragment in fragments:
+        assert fragment in str(caught.value)
+    assert not (tmp_path / "out").exists()
