@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.image_processing_base import ImageProcessingMixin
 
@@ -52,15 +53,15 @@ def assemble(
     num_anchors = selector_config.count(shape.num_tokens, shape.num_heads, shape.has_cls)
     processor = AnchorFormerProcessor(
         ImageTransform.for_statistics(shape.image_size, mean),
-        AutoTokenizer.from_pretrained(language_model),
+        _load("tokenizer", language_model, AutoTokenizer.from_pretrained),
         num_image_tokens=connector_config.count(shape.num_tokens, num_anchors, shape.has_cls),
         template=template,
     )
 
     log.info("vision tower from %s", vision)
-    tower = VisionTower.from_backbone(vision, selector_config.needs)
+    tower = _load("vision tower", vision, lambda name, **_: VisionTower.from_backbone(name, selector_config.needs))
     log.info("language model from %s", language_model)
-    llm = AutoModelForCausalLM.from_pretrained(language_model, dtype="auto")
+    llm = _load("language model", language_model, AutoModelForCausalLM.from_pretrained, dtype="auto")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = connector_config.build(tower.width, text_config.hidden_size)
@@ -92,27 +93,29 @@ def assemble(
     return out
 
 
-def _load_config(name: str, role: str) -> PreTrainedConfig:
+def _load(role: str, name: str, load: Callable[..., Any], **options: Any) -> Any:
+    """A part of a backbone, from the hub or a folder; never code from there."""
     is_path = name.startswith(("/", ".", "~"))
     try:
         if is_path and not Path(name).is_dir():
             raise FileNotFoundError("no such folder")
-        return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        return load(name, trust_remote_code=False, **options)
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
-            f"the {role} cannot be found", found=f"{name}: {str(error).splitlines()[0]}",
-            expected="a folder with a config.json" if is_path else "a hub id that can be reached, or a folder",
-            remedy="check the path" if is_path else "check the name, or download it first and give the folder",
+            f"the {role} cannot be loaded", found=f"{name}: {str(error).splitlines()[0]}",
+            expected="a complete Hugging Face folder" if is_path else "a hub id that can be reached, or a folder",
+            remedy="check the path; a clone without git-lfs holds pointers instead of weights" if is_path
+            else "check the name, or download it first and give the folder",
         ) from None  # fmt: skip
 
 
 def _vision_config(name: str) -> PreTrainedConfig:
-    config = _load_config(name, "vision tower")
+    config = _load("vision tower", name, AutoConfig.from_pretrained)
     return getattr(config, "vision_config", config)
 
 
 def _text_config(name: str) -> PreTrainedConfig:
-    config = _load_config(name, "language model")
+    config = _load("language model", name, AutoConfig.from_pretrained)
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise UserError(
             "the language model is not one", found=f"{name}, model_type={config.model_type!r}",

@@ -108,10 +108,7 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 "max_length_q": max_seqlen, "max_length_k": max_seqlen,
             }  # fmt: skip
             use_cache = False
-        is_continued = past_key_values is not None and past_key_values.get_seq_length() > 0
-        embeds_BSD = self.get_input_embeddings()(input_ids)
-        if not is_continued:
-            embeds_BSD = self._see(embeds_BSD, input_ids, pixel_values)
+        embeds_BSD = self._see(self.get_input_embeddings()(input_ids), input_ids, pixel_values)
         out: CausalLMOutputWithPast = self.language_model(
             inputs_embeds=embeds_BSD,
             attention_mask=attention_mask,
@@ -149,6 +146,23 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if kwargs.get("is_first_iteration", False) or not kwargs.get("use_cache", True):
             inputs["pixel_values"] = pixel_values
         return inputs
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Repeats rows for beams or several answers, each with all of its images: transformers would repeat image by
+        image, and a row with two of them would see the first one twice."""
+        pixel_values = kwargs.pop("pixel_values", None)
+        if pixel_values is not None and input_ids is not None and expand_size > 1:
+            counts = (input_ids == self.image_token_id).sum(1) // self.num_image_tokens
+            rows = pixel_values.split(counts.tolist())
+            pixel_values = torch.cat([images.repeat(expand_size, 1, 1, 1) for images in rows])
+        expanded: tuple[Tensor, dict[str, Any]] = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **kwargs
+        )
+        if pixel_values is not None:
+            expanded[1]["pixel_values"] = pixel_values
+        return expanded
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()

@@ -30,11 +30,15 @@ class Schema:
 TARGET = "_target_"
 
 
-def parse(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+REMEDY = "correct the key or value; `python -m train --cfg job` prints the composed config"
+
+
+def parse(cls: type[T], values: Mapping[str, Any], where: str, remedy: str = REMEDY) -> T:
     """Builds the frozen dataclass `cls` from a plain mapping; unknown keys and wrong types are errors.
 
     Args:
         where: what the mapping is called by the user (a file or a config group), for the message.
+        remedy: the next thing to do, for the message; each command has its own.
 
     Raises:
         UserError: naming every offending key, and for an unknown one the nearest valid key.
@@ -48,12 +52,15 @@ def parse(cls: type[T], values: Mapping[str, Any], where: str) -> T:
             f"{where}: {len(problems)} value(s) do not fit {cls.__name__}",
             found="; ".join(found),
             expected="; ".join(expected),
-            remedy="correct the key or value; `python -m train --cfg job` prints the composed config",
+            remedy=remedy,
         ) from None
 
 
-def parse_plugin(base: type[T], spec: Mapping[str, Any], package: str, where: str) -> T:
+def parse_plugin(base: type[T], spec: Mapping[str, Any], package: str, where: str, remedy: str = REMEDY) -> T:
     """Builds the plug-in named by `spec["_target_"]`, which must be a subclass of `base` inside `package`.
+
+    Args:
+        where, remedy: as in `parse`.
 
     Raises:
         UserError: target missing, outside the package (a config must not import arbitrary code), not found, or not a
@@ -84,7 +91,7 @@ def parse_plugin(base: type[T], spec: Mapping[str, Any], package: str, where: st
             expected=f"a subclass of {base.__name__}",
             remedy="choose a YAML of the right config group",
         )
-    return parse(cls, {key: value for key, value in spec.items() if key != TARGET}, where)
+    return parse(cls, {key: value for key, value in spec.items() if key != TARGET}, where, remedy)
 
 
 def to_plain(value: Any) -> Any:

@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 from transformers import ProcessorMixin
 
 from anchorformer.configuration import AnchorFormerConfig
@@ -73,7 +74,8 @@ def derive_folder(
         processor.save_pretrained(partial)
     linked = [name for name in known if name not in stale | {INDEX} and not (partial / name).exists()]
     for name in linked:
-        _link(base / name, partial / name)
+        # Only shards are linked, which nobody edits by hand; a change to a linked config would change its siblings'.
+        (_link if name.endswith(".safetensors") else shutil.copy2)(base / name, partial / name)
     weight_map = {key: name for key, name in base_map.items() if name not in stale}
     for part, tensors in replaced.items():
         weight_map |= _write_shards(partial, part, tensors)
@@ -86,18 +88,25 @@ def derive_folder(
 
 
 def check_folder(
-    folder: Path, selector: Mapping[str, Any] | None = None, connector: Mapping[str, Any] | None = None
+    folder: Path,
+    selector: Mapping[str, Any] | None = None,
+    connector: Mapping[str, Any] | None = None,
+    *,
+    every_hash: bool = False,
 ) -> AnchorFormerConfig:
     """Everything that can be wrong with a model folder, found from headers and hashes before a weight is loaded.
 
     Compares file sizes with the manifest, the sha256 of the connector's shards, the selector and connector with those
     the run asks for, and the names and shapes of all tensors with the model that the configuration describes.
 
+    Args:
+        every_hash: also read the backbones' shards (some 14 GB at 7B) to compare their sha256; once per run is enough.
+
     Raises:
         UserError: naming the file, key or tensor that differs.
     """
     manifest = read_manifest(folder)["files"]
-    for name, entry in manifest.items():
+    for name, entry in tqdm(manifest.items(), f"checking {folder.name}", delay=5, leave=False):
         path = folder / name
         found = path.stat().st_size if path.is_file() else "no file"
         if found != entry["bytes"]:
@@ -105,7 +114,7 @@ def check_folder(
                 f"model folder {folder} is damaged at {name}", found=f"{found} bytes",
                 expected=f"{entry['bytes']} bytes", remedy="restore the file or write the folder again",
             )  # fmt: skip
-        if name.startswith("connector") and sha256(path) != entry["sha256"]:
+        if (every_hash or name.startswith("connector")) and sha256(path) != entry["sha256"]:
             raise UserError(
                 f"model folder {folder} is damaged at {name}", found="another sha256 than the manifest's",
                 expected=entry["sha256"], remedy="restore the file or write the folder again",

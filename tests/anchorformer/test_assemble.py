@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -45,3 +46,11 @@ def test_refused_before_weights_are_loaded(
     for fragment in fragments:
         assert fragment in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_pointers_instead_of_weights_are_named(tiny_backbones: Path, tmp_path: Path) -> None:
+    clip = tmp_path / "clip"
+    shutil.copytree(tiny_backbones / "clip", clip)
+    (clip / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(UserError, match="git-lfs"):
+        assemble(str(clip), str(tiny_backbones / "llama"), ANCHOR, CONNECTOR, tmp_path / "out", template="chat")

@@ -185,6 +185,38 @@ def test_batched_generation_equals_single(model: AnchorFormerForConditionalGener
         assert torch.equal(together[row, longest:], single[0, len(alone) :])
 
 
+def test_several_answers_see_the_images_of_their_own_row(model: AnchorFormerForConditionalGeneration) -> None:
+    ids, pixels = make_samples(model)[1]
+    assert len(pixels) == 2
+    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "num_beams": 3}
+    answers = model.generate(
+        input_ids=ids[None].repeat(2, 1), attention_mask=torch.ones(2, len(ids), dtype=torch.long),
+        pixel_values=torch.cat([pixels, pixels.flip(0)]), num_return_sequences=2, **settings,
+    )  # fmt: skip
+    for row, images in enumerate((pixels, pixels.flip(0))):
+        alone = model.generate(
+            input_ids=ids[None], attention_mask=torch.ones(1, len(ids), dtype=torch.long), pixel_values=images,
+            num_return_sequences=2, **settings,
+        )  # fmt: skip
+        assert torch.equal(answers[2 * row : 2 * row + 2], alone)
+
+
+@torch.no_grad()
+def test_a_second_image_joins_a_filled_cache(model: AnchorFormerForConditionalGeneration) -> None:
+    ids, pixels = make_samples(model)[1]
+    mask = torch.ones(1, len(ids), dtype=torch.long)
+    cut = 3 + model.num_image_tokens + 1  # behind the first image, before the second
+    whole = model(input_ids=ids[None], attention_mask=mask, pixel_values=pixels).logits
+    first = model(input_ids=ids[None, :cut], attention_mask=mask[:, :cut], pixel_values=pixels[:1], use_cache=True)
+    with pytest.raises(UserError, match="placeholders"):
+        model(input_ids=ids[None, cut:], attention_mask=mask, past_key_values=first.past_key_values, use_cache=True)
+    second = model(
+        input_ids=ids[None, cut:], attention_mask=mask, pixel_values=pixels[1:],
+        past_key_values=first.past_key_values, use_cache=True,
+    )  # fmt: skip
+    assert_close(second.logits, whole[:, cut:])
+
+
 def test_gradient_checkpointing_changes_nothing(model: AnchorFormerForConditionalGeneration) -> None:
     samples = make_samples(model)
     gradients = []

@@ -67,6 +67,7 @@ def test_derived_folder_links_what_did_not_change(tiny_folder: Path, tmp_path: P
         assert torch.equal(again.state_dict()[name], expected), name
     assert (out / "language_model.safetensors").samefile(tiny_folder / "language_model.safetensors")
     assert not (out / "connector.safetensors").samefile(tiny_folder / "connector.safetensors")
+    assert not (out / "config.json").samefile(tiny_folder / "config.json")
 
 
 def test_derived_folder_refuses_other_tensors(tiny_folder: Path, tmp_path: Path) -> None:
@@ -117,6 +118,16 @@ def test_flipped_byte_and_truncated_file(folder: Path) -> None:
     path.write_bytes(data[:-10])
     with pytest.raises(UserError, match="bytes"):
         check_folder(folder)
+
+
+def test_a_flipped_byte_of_a_backbone_is_found_when_asked(folder: Path) -> None:
+    path = folder / "language_model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    check_folder(folder)
+    with pytest.raises(UserError, match=r"language_model\.safetensors"):
+        check_folder(folder, every_hash=True)
 
 
 def test_another_selector_or_connector_is_refused(folder: Path) -> None:
