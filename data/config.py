@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from anchorformer.schema import Schema
+
+Count = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Overlength(str, Enum):
@@ -28,17 +34,17 @@ class DataConfig(Schema):
     """Folder that relative paths of the sources start from."""
     sources: dict[str, dict[str, Any]]
     """Name -> plug-in of `data.sources`, each with a `weight` (passes over it per epoch)."""
-    max_length: int = 2048
+    max_length: Count = 2048
     """Positions per sample, anchors counted."""
     overlength: Overlength = Overlength.error
     """A longer sample is an error, is left out and counted, or loses the end of its answer (never an anchor)."""
     on_bad_image: OnBadImage = OnBadImage.error
     """A missing or unreadable image is an error, or its sample is left out of its step and counted."""
-    max_dropped_share: float = 0.02
+    max_dropped_share: Share = 0.02
     """Share of dropped or skipped samples above which the run stops."""
-    token_budget: int | None = None
+    token_budget: Count | None = None
     """Most positions in one micro-batch; null leaves `hardware.micro_batch` alone to decide."""
-    num_workers: int = 0
+    num_workers: NotNegative = 0
     """Loader processes per rank."""
     cache_dir: str = ".cache/data"
     """Where Arrow copies of the annotations and token counts are kept."""

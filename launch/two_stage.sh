@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Align, then finetune from it: launch/two_stage.sh NAME [--dry-run] [key=value ...] [align:key=value] [finetune:key=value]
-# Runs are NAME/align and NAME/finetune; called again it continues where it was stopped and skips what is done.
+# Runs are NAME/align and NAME/finetune; called again, a run continues from its newest checkpoint; what is done is skipped.
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 

@@ -6,11 +6,15 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from anchorformer.errors import UserError
 from anchorformer.schema import Schema, to_plain
-from data.config import DataConfig
+from data.config import Count, DataConfig, NotNegative, Share
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class StageName(str, Enum):
@@ -52,9 +56,9 @@ class Device(str, Enum):
 class PartConfig(Schema):
     """How a stage trains one part; a part that is not listed is frozen."""
 
-    lr: float
+    lr: Positive
     """Peak learning rate."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Decoupled weight decay of matrices; norms and biases get none."""
 
 
@@ -67,21 +71,21 @@ class StageConfig(Schema):
     """Parts that are trained; everything else is frozen and asserted to stay bit-equal."""
     template: str
     """Conversation template: `plain`, `v1`, or `chat` for the tokenizer's own."""
-    global_batch: int
+    global_batch: Count
     """Samples per optimizer step over all ranks; accumulation is derived from it, never typed."""
-    epochs: float | None = 1.0
+    epochs: Positive | None = 1.0
     """Passes over the mixture; exactly one of `epochs` and `max_steps` is set."""
-    max_steps: int | None = None
+    max_steps: Count | None = None
     """Optimizer steps; set `epochs: null` with it."""
-    warmup_ratio: float = 0.03
+    warmup_ratio: Share = 0.03
     """Share of the steps with linearly rising learning rate."""
     schedule: Schedule = Schedule.cosine
-    min_lr_ratio: float = 0.0
+    min_lr_ratio: Share = 0.0
     """Where the cosine ends, as a share of the peak."""
-    clip_norm: float = 1.0
+    clip_norm: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     """Largest total gradient norm; 0 switches clipping off."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    eps: Positive = 1e-8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +106,7 @@ class ZeroConfig(Schema):
 
     stage: int = 2
     overlap_comm: bool = True
-    bucket_size: int = 200_000_000
+    bucket_size: Count = 200_000_000
     """Elements per reduce bucket."""
 
 
@@ -111,28 +115,28 @@ class HardwareConfig(Schema):
     """What the run is started on."""
 
     device: Device = Device.auto
-    ranks: int = 1
+    ranks: Count = 1
     """Processes per node."""
-    nodes: int = 1
-    micro_batch: int = 1
+    nodes: Count = 1
+    micro_batch: Count = 1
     """Most samples in one micro-batch of one rank."""
     precision: Precision = Precision.auto
     """`auto` is bf16 on CUDA; on CPU it follows the model's size and what the CPU can do, and is logged."""
-    threads: int = 0
+    threads: NotNegative = 0
     """CPU threads per rank; 0 divides the cores by the ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig(Schema):
-    every: int = 10
+    every: Count = 10
     """Steps between console lines and per-part gradient norms; `metrics.jsonl` gets every step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig(Schema):
-    every: int | None = None
-    """Steps between checkpoints; null saves only at the end."""
-    keep: int = 2
+    every: Count | None = 500
+    """Steps between checkpoints; null saves only at the end, so that a run that is killed is lost."""
+    keep: Count = 2
     """Newest complete checkpoints kept."""
 
 
@@ -150,7 +154,7 @@ class RunConfig(Schema):
     log: LogConfig = field(default_factory=LogConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     engine: EngineName = EngineName.deepspeed
-    seed: int = 0
+    seed: NotNegative = 0
     init_from: str | None = None
     """Run or model folder to start from; required by finetune, while align assembles a fresh model without it."""
     resume: str = "never"
@@ -171,7 +175,7 @@ class RunConfig(Schema):
 
 
 def check(config: RunConfig) -> None:
-    """Checks that span several groups.
+    """Checks that span several groups; the range of a single number stands at its field.
 
     Raises:
         UserError: global batch not divisible by ranks times micro-batch, both or none of epochs and max_steps, finetune
@@ -179,12 +183,12 @@ def check(config: RunConfig) -> None:
     """
     stage, hardware = config.stage, config.hardware
     share = config.world_size * hardware.micro_batch
-    if share < 1 or stage.global_batch % share:
+    if stage.global_batch % share:
         raise UserError(
             "stage.global_batch cannot be dealt evenly",
             found=f"{stage.global_batch} samples over {config.world_size} rank(s) x micro-batch {hardware.micro_batch}",
             expected=f"a multiple of {share}",
-            remedy=f"set stage.global_batch={max(1, round(stage.global_batch / max(share, 1))) * share} or change "
+            remedy=f"set stage.global_batch={max(1, round(stage.global_batch / share)) * share} or change "
             "hardware.micro_batch",
         )
     if (stage.epochs is None) == (stage.max_steps is None):

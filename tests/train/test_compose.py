@@ -172,6 +172,32 @@ def test_mistakes_are_named(overrides: list[str], fragments: list[str]) -> None:
     assert len(str(caught.value).splitlines()) <= 6
 
 
+OUT_OF_RANGE = {
+    "checkpoint.every": [0, -1], "checkpoint.keep": [0], "log.every": [0], "seed": [-1],
+    "hardware.micro_batch": [0, -4], "hardware.ranks": [0, -1], "hardware.nodes": [0], "hardware.threads": [-1],
+    "stage.global_batch": [0, -32], "stage.max_steps": [0, -5], "stage.epochs": [0, -1, "inf"],
+    "stage.warmup_ratio": [7, -0.1, "nan"], "stage.min_lr_ratio": [1.5], "stage.clip_norm": [-1, "nan"],
+    "stage.eps": [0], "stage.betas": ["[1,0.9]", "[0.9,-1]"], "stage.trains.connector.lr": [0, -1e-3, "nan"],
+    "stage.trains.connector.weight_decay": [-0.1], "zero.bucket_size": [0],
+    "data.max_length": [0], "data.max_dropped_share": [2], "data.token_budget": [0], "data.num_workers": [-1],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in OUT_OF_RANGE.items() for value in values])
+def test_numbers_out_of_range_are_refused(key: str, value: object) -> None:
+    with pytest.raises(UserError, match="1 value") as caught:
+        composed("stage=align", f"{key}={value}")
+    assert caught.value.found.startswith(key)
+    assert "Input should be" in caught.value.expected
+
+
+def test_a_run_that_is_killed_has_a_checkpoint_by_default() -> None:
+    assert composed("stage=align").checkpoint.every == 500
+    assert composed("stage=align", "checkpoint.every=null").checkpoint.every is None
+    for name in ("smoke", "miniworld", "miniworld_full"):
+        assert composed("stage=finetune", f"experiment={name}").checkpoint.every == 200
+
+
 @settings(max_examples=60, deadline=None)
 @given(key=st.sampled_from([key for key in schema_keys() if len(key.rsplit(".", 1)[-1]) > 4]), data=st.data())
 def test_a_lost_letter_is_found(key: str, data: st.DataObject) -> None:
