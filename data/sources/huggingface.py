@@ -17,6 +17,7 @@ from data.annotations import RecordError
 from data.record import ImageRef, Record, Role, Turn
 from data.sources.base import SourceConfig
 from data.sources.local import IMAGE
+from data.sources.splits import of_split
 
 SPEAKERS = {
     "human": Role.user, "user": Role.user, "gpt": Role.assistant, "assistant": Role.assistant, "system": Role.system,
@@ -31,8 +32,9 @@ class HuggingfaceConfig(SourceConfig):
     dataset: str
     """Folder below `data.root` (parquet files, or written by `save_to_disk`), one parquet file, or a hub id."""
     split: str = "train"
+    """Split; of a folder of parquet files those whose names say so, all where no name speaks of splits."""
     subset: str | None = None
-    """Configuration of a hub dataset."""
+    """Configuration of a hub dataset; of its local copy, the folder of that name."""
     id: str | None = None
     """Column of ids; null numbers the rows."""
     image: str | None = "image"
@@ -89,9 +91,10 @@ class HuggingfaceConfig(SourceConfig):
             rows = loaded[self.split] if isinstance(loaded, datasets.DatasetDict) else loaded
             version = _stamp(sorted(local.rglob("*")))
         elif local.is_dir() or local.is_file():
-            files = [local] if local.is_file() else sorted(local.rglob("*.parquet"))
+            folder = local if self.subset is None else local / self.subset
+            files = [local] if local.is_file() else of_split(sorted(folder.rglob("*.parquet")), folder, self.split)
             if not files:
-                raise FileNotFoundError(f"no *.parquet in {local}")
+                raise FileNotFoundError(f"no *.parquet in {folder}")
             rows = datasets.load_dataset(
                 "parquet",
                 data_files={self.split: [str(file) for file in files]},

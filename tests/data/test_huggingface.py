@@ -86,6 +86,58 @@ def test_fingerprint_follows_files_and_options(tmp_path: Path) -> None:
     assert _open(tmp_path, dataset=".", question="a", answers="q").fingerprint != first.fingerprint
 
 
+def _shards(root: Path, *names: str) -> None:
+    for name in names:
+        path = root / "clone" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_dict({"q": [name], "a": ["yes"]}).to_parquet(str(path))
+
+
+def _questions(root: Path, split: str, **values: Any) -> list[str]:
+    columns = {"image": None, "question": "q", "answers": "a"}
+    source = _open(root, dataset="clone", split=split, **columns, **values)
+    return [source[index].turns[0].text for index in range(len(source))]
+
+
+CLONE = ("data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet",
+         "data/validation-00000-of-00001.parquet", "data/test_dev-00000-of-00001.parquet")  # fmt: skip
+
+
+@pytest.mark.parametrize(("names", "split", "expected"), [
+    (CLONE, "train", CLONE[:2]),
+    (CLONE, "validation", CLONE[2:3]),
+    (CLONE, "val", CLONE[2:3]),
+    (CLONE, "test_dev", CLONE[3:]),
+    (("train/0.parquet", "test/0.parquet"), "test", ("test/0.parquet",)),
+    (("my_train.parquet", "my-dev-2.parquet", "eval.parquet"), "validation", ("my-dev-2.parquet",)),
+    (("constraints.parquet", "latest.parquet"), "train", ("constraints.parquet", "latest.parquet")),
+])  # fmt: skip
+def test_only_the_files_of_the_split(
+    tmp_path: Path, names: tuple[str, ...], split: str, expected: tuple[str, ...]
+) -> None:
+    _shards(tmp_path, *names)
+    assert _questions(tmp_path, split) == list(expected)
+
+
+@pytest.mark.parametrize(("names", "found"), [
+    (CLONE[2:], "test_dev (1 file(s)), validation (1 file(s))"),
+    (("train_test.parquet",), "several splits: test, train"),
+    (("train/0.parquet", "more.parquet"), "no split: more.parquet"),
+])  # fmt: skip
+def test_a_split_that_is_not_clear(tmp_path: Path, names: tuple[str, ...], found: str) -> None:
+    _shards(tmp_path, *names)
+    with pytest.raises(UserError) as caught:
+        _questions(tmp_path, "train")
+    assert found in caught.value.found
+
+
+def test_subset_of_a_local_copy(tmp_path: Path) -> None:
+    _shards(tmp_path, "human/train-0.parquet", "machine/train-0.parquet")
+    assert _questions(tmp_path, "train", subset="human") == ["human/train-0.parquet"]
+    with pytest.raises(UserError, match="cannot be opened"):
+        _questions(tmp_path, "train", subset="neither")
+
+
 def test_path_outside_the_root(tmp_path: Path) -> None:
     _picture(1).save(tmp_path / "secret.png")
     root = tmp_path / "root"
