@@ -216,7 +216,7 @@ class AnchorFormerProcessor(ProcessorMixin):
         marked = texts or ["".join(said for role, said in turns if role == "user") for turns in conversations or ()]
         per_sample = _deal(images, [sample.count(PLACEHOLDER) for sample in marked])
         if texts is not None:
-            rows = [self._written_out(sample, len(own)) for sample, own in zip(texts, per_sample, strict=True)]
+            rows = [self._written_out(sample) for sample in texts]
         else:
             rows = [self.prompt(turns, own) for turns, own in zip(conversations or (), per_sample, strict=True)]
         batch = self.pad(rows, side=padding_side)
@@ -259,13 +259,11 @@ class AnchorFormerProcessor(ProcessorMixin):
     def _write(self, turns: Turns, num_images: int, sample_id: str) -> tuple[list[int], list[int]]:
         return self._to_ids(self._template.segments(read_turns(turns, num_images, sample_id), generate=False))
 
-    def _written_out(self, text: str, num_images: int) -> Tensor:
-        if num_images and text.count(PLACEHOLDER) != num_images:
-            raise _mismatch(f"{text.count(PLACEHOLDER)} {PLACEHOLDER} and {num_images} image(s)", "one for each")
+    def _written_out(self, text: str) -> Tensor:
         bos = self.tokenizer.bos_token
         missing = bos is not None and not text.startswith(bos)
         segments: list[Segment] = [Special(self.tokenizer.bos_token_id)] if missing else []
-        for index, piece in enumerate(text.split(PLACEHOLDER) if num_images else [text]):
+        for index, piece in enumerate(text.split(PLACEHOLDER)):
             segments += [Picture()] * (index > 0) + [Text(piece, After.nothing)]
         return torch.tensor(self._to_ids(segments)[0], dtype=torch.int64)
 
@@ -299,22 +297,26 @@ class AnchorFormerProcessor(ProcessorMixin):
 
 
 def _deal(images: Any, counts: list[int]) -> list[list[Image.Image]]:
-    """Images per sample: as given where they are nested, otherwise in order of the placeholders."""
-    if images is None:
-        return [[] for _ in counts]
-    given: list[Any] = [images] if isinstance(images, Image.Image) else list(images)
+    """Images per sample: as given where they are nested, otherwise in order of the placeholders.
+
+    In a question that is asked now, a placeholder without an image is a forgotten image, never ordinary text.
+    """
+    given: list[Any] = [images] if isinstance(images, Image.Image) else list(images or ())
     if given and not isinstance(given[0], Image.Image):
-        if len(given) != len(counts):
-            raise _mismatch(f"{len(given)} lists of images for {len(counts)} samples", "one list per sample")
+        if [len(own) for own in given] != counts:
+            raise _mismatch(f"{counts} {PLACEHOLDER} and {[len(own) for own in given]} image(s) per sample")
         return [list(own) for own in given]
     if len(given) != sum(counts):
-        raise _mismatch(f"{sum(counts)} {PLACEHOLDER} and {len(given)} image(s)", "as many of one as of the other")
+        raise _mismatch(f"{sum(counts)} {PLACEHOLDER} and {len(given)} image(s)")
     remaining = iter(given)
     return [[next(remaining) for _ in range(count)] for count in counts]
 
 
-def _mismatch(found: str, expected: str) -> UserError:
-    return UserError("placeholders and images do not match", found=found, expected=expected, remedy="pass every image")
+def _mismatch(found: str) -> UserError:
+    return UserError(
+        "placeholders and images do not match", found=found, expected="one image for each placeholder, in their order",
+        remedy="pass every image, and take the placeholder out of questions without one",
+    )  # fmt: skip
 
 
 AutoProcessor.register(AnchorFormerConfig, AnchorFormerProcessor)

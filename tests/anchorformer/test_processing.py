@@ -223,13 +223,15 @@ def test_text_that_is_already_written_out(processor: AnchorFormerProcessor) -> N
     batch = processor(text="USER: <image>\nWhat? ASSISTANT:", images=RED)
     assert batch["input_ids"][0, 0] == processor.tokenizer.bos_token_id
     assert (batch["input_ids"] == processor.image_token_id).sum() == T
-    assert "pixel_values" not in processor(text="hello <image>")
+    assert "pixel_values" not in processor(text="hello")
     assert processor(text="<s>hello")["input_ids"].equal(processor(text="hello")["input_ids"])
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
+        {"text": "hello <image>"},
+        {"conversations": [TURNS[:1]]},
         {"text": "<image>", "images": [RED, BLUE]},
         {"text": ["<image>", "x"], "images": [[RED]]},
         {"text": ["<image>"], "images": [[RED, BLUE]]},
