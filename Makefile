@@ -73,5 +73,5 @@ format: install ## let ruff rewrite the layout
 	@$(PY) -m ruff format .
 	@$(PY) -m ruff check --fix .
 
-clean: ## remove caches (not .venv, not checkpoints)
+clean: ## remove caches, the mini world's among them (not .venv, not checkpoints)
 	@rm -rf .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
