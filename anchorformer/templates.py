@@ -10,6 +10,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from anchorformer.errors import UserError
+from anchorformer.template_names import TEMPLATE_NAMES
 from anchorformer.tokenization import After
 
 PLACEHOLDER = "<image>"
@@ -326,5 +327,6 @@ def make_template(name: str, tokenizer: PreTrainedTokenizerBase, specials: Seque
         case "chat":
             return ChatTemplate(tokenizer, specials)
     raise UserError(
-        "no such conversation template", found=name, expected="plain, v1 or chat", remedy="set stage.template"
-    )
+        "no such conversation template", found=name, expected=f"one of {', '.join(TEMPLATE_NAMES)}",
+        remedy="set stage.template",
+    )  # fmt: skip

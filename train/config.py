@@ -12,6 +12,7 @@ from pydantic import Field
 
 from anchorformer.errors import UserError
 from anchorformer.schema import Schema, to_plain
+from anchorformer.template_names import TEMPLATE_NAMES
 from data.config import Count, DataConfig, NotNegative, Share
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -179,7 +180,7 @@ def check(config: RunConfig) -> None:
 
     Raises:
         UserError: global batch not divisible by ranks times micro-batch, both or none of epochs and max_steps, finetune
-            without `init_from`, unknown ZeRO stage.
+            without `init_from`, unknown template or ZeRO stage.
     """
     stage, hardware = config.stage, config.hardware
     share = config.world_size * hardware.micro_batch
@@ -208,4 +209,11 @@ def check(config: RunConfig) -> None:
     if config.zero.stage not in (0, 1, 2, 3):
         raise UserError(
             "zero.stage is unknown", found=config.zero.stage, expected="0, 1, 2 or 3", remedy="e.g. zero=zero2"
+        )
+    if stage.template not in TEMPLATE_NAMES:
+        raise UserError(
+            "stage.template is unknown",
+            found=stage.template,
+            expected=f"one of {', '.join(TEMPLATE_NAMES)}",
+            remedy="v1 is Vicuna's conversation, plain is a caption alone, chat is the tokenizer's own template",
         )

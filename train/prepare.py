@@ -25,15 +25,17 @@ from data.sources.base import SourceConfig
 from train.compose import ROOT
 from train.config import RunConfig
 from train.folder import RunFolder, write_atomically
+from train.start import check_devices
 
 PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "hydra-core", "tokenizers", "safetensors", "numpy")
 
 
-def prepare(config: RunConfig, command: Sequence[str]) -> RunFolder:
+def prepare(config: RunConfig, command: Sequence[str], *, starts_here: bool = True) -> RunFolder:
     """Checks what the config names, cheapest first, then makes the start folder and the run folder.
 
     Args:
         command: what the user typed, for environment.json.
+        starts_here: whether this machine is the one whose devices the ranks will need.
 
     Returns:
         the run folder, ready for `train.start`.
@@ -41,10 +43,12 @@ def prepare(config: RunConfig, command: Sequence[str]) -> RunFolder:
     Raises:
         UserError: a file or folder missing or not in its format, parts of the model that do not fit each other, a start
             folder that is damaged or of another shape, a run folder that exists already, or a stored config that
-            differs from this one where the run is resumed.
+            differs from this one where the run is resumed; fewer CUDA devices than ranks.
     """
     folder = run_folder(config)
     check_files(config)
+    if starts_here:
+        check_devices(config)
     config = check_parts(config)
     if folder.config.is_file():
         _compare(config, folder.read_config(), folder.config)

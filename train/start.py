@@ -27,27 +27,74 @@ class Topology:
 
     Attributes:
         head: host name or address of the node that hosts the rendezvous.
-        is_head: whether this node is it. Said, not guessed: a host name that resolves to 127.0.0.1 defeats guessing.
+        node: this node's number; 0 is the head. Said, not guessed: a host name that resolves to 127.0.0.1 defeats
+            guessing.
+        num_nodes: how many nodes Slurm has started; None where it has not.
         address: this node's address as the others reach it; None leaves it to torchrun.
         job: the same word on all nodes and another for each start.
     """
 
     head: str | None = None
     port: int = HEAD_PORT
-    is_head: bool = True
+    node: int = 0
+    num_nodes: int | None = None
     address: str | None = None
     job: str = "anchorformer"
 
     @classmethod
     def from_environment(cls, variables: Mapping[str, str]) -> Topology:
-        """Reads HEAD_ADDR, HEAD_PORT, NODE_RANK, NODE_ADDR and JOB_ID, as launch/ sets them."""
+        """Reads HEAD_ADDR, HEAD_PORT, NODE_RANK, NODE_ADDR and JOB_ID, as launch/ sets them, and Slurm's SLURM_NNODES.
+
+        Raises:
+            UserError: one that should be a whole number is not.
+        """
         return cls(
             head=variables.get("HEAD_ADDR"),
-            port=int(variables.get("HEAD_PORT", HEAD_PORT)),
-            is_head=variables.get("NODE_RANK", "0") == "0",
+            port=_whole(variables, "HEAD_PORT") or HEAD_PORT,
+            node=_whole(variables, "NODE_RANK") or 0,
+            num_nodes=_whole(variables, "SLURM_NNODES"),
             address=variables.get("NODE_ADDR"),
             job=variables.get("JOB_ID", cls.job),
         )
+
+
+def check_nodes(config: RunConfig, topology: Topology) -> None:
+    """Refuses what would become one run too many, or one that waits for nodes that never come.
+
+    Raises:
+        UserError: a node beyond `hardware.nodes`, or another number of nodes than Slurm has started.
+    """
+    nodes = config.hardware.nodes
+    if topology.node >= nodes:
+        found, right = f"NODE_RANK={topology.node}", topology.node + 1
+    elif topology.num_nodes not in (None, nodes):
+        found, right = f"SLURM_NNODES={topology.num_nodes}", topology.num_nodes
+    else:
+        return
+    raise UserError(
+        f"the run is composed for hardware.nodes={nodes}", found=found, expected=f"exactly {nodes} node(s)",
+        remedy=f"compose it with hardware.nodes={right} (for two nodes of eight: hardware=a100x8_2nodes), or start "
+        f"{nodes} node(s): sbatch --nodes={nodes}",
+    )  # fmt: skip
+
+
+def check_devices(config: RunConfig) -> None:
+    """Finds before any rank is started what each of them would find: a CUDA device for every rank of this machine.
+
+    Raises:
+        UserError: CUDA is asked for, or taken by `auto`, and there are fewer devices than ranks.
+    """
+    device, ranks = config.hardware.device, config.hardware.ranks
+    if device is Device.cpu:
+        return
+    count = _num_cuda_devices()
+    if count >= ranks or (device is Device.auto and count == 0):
+        return
+    raise UserError(
+        f"hardware.device={device.value}, but {count} CUDA device(s) are visible for {ranks} rank(s)",
+        found=f"{count} CUDA device(s)", expected=f"{ranks}, one for each rank",
+        remedy="hardware=cpu" if count == 0 else f"hardware.ranks={count}, or hardware=cpu",
+    )  # fmt: skip
 
 
 def command(folder: Path, config: RunConfig, topology: Topology) -> list[str]:
@@ -68,7 +115,7 @@ def command(folder: Path, config: RunConfig, topology: Topology) -> list[str]:
     else:
         where = [
             f"--nnodes={hardware.nodes}", "--rdzv-backend=c10d", f"--rdzv-id={topology.job}",
-            f"--rdzv-endpoint={topology.head}:{topology.port}", f"--rdzv-conf=is_host={int(topology.is_head)}",
+            f"--rdzv-endpoint={topology.head}:{topology.port}", f"--rdzv-conf=is_host={int(topology.node == 0)}",
             *([f"--local-addr={topology.address}"] if topology.address else []),
         ]  # fmt: skip
     return [
@@ -88,7 +135,7 @@ def environment(config: RunConfig, inherited: Mapping[str, str]) -> dict[str, st
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), inherited.get("PATH", os.defpath)])
     # A store shared with the agent still holds a dead attempt's addresses after a restart.
     env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    if config.hardware.device is Device.cpu or (config.hardware.device is Device.auto and not _has_cuda()):
+    if config.hardware.device is Device.cpu or (config.hardware.device is Device.auto and _num_cuda_devices() == 0):
         env["DS_ACCELERATOR"] = "cpu"
     defaults = {
         "TOKENIZERS_PARALLELISM": "false",  # forked data workers would warn about every tokenizer
@@ -106,7 +153,16 @@ def start(folder: Path, config: RunConfig, topology: Topology) -> NoReturn:
     os.execve(argv[0], argv, environment(config, os.environ))  # noqa: S606 (a list, no shell)
 
 
-def _has_cuda() -> bool:
+def _num_cuda_devices() -> int:
     import torch
 
-    return torch.cuda.is_available()
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _whole(variables: Mapping[str, str], name: str) -> int | None:
+    text = variables.get(name)
+    if text is not None and not text.isdecimal():
+        raise UserError(
+            f"{name} is not a whole number", found=f"{name}={text}", expected="0, 1, 2, ...", remedy=f"correct {name}"
+        )
+    return None if text is None else int(text)

@@ -154,6 +154,7 @@ BAD = [
     (["stage=align", "experiment=real_tiny"], ["data.root=???", "add data.root="]),
     (["stage=align", "hardware.ranks=two", "data.root=/d"], ["hardware.ranks='two'", "integer"]),
     (["stage=align", "zero.stage=4", "data.root=/d"], ["zero.stage", "0, 1, 2 or 3"]),
+    (["stage=align", "stage.template=vicuna", "data.root=/d"], ["stage.template", "vicuna", "plain, v1, chat"]),
     (["stage=align", "stage.schedule=linear", "data.root=/d"], ["stage.schedule='linear'", "cosine"]),
     (["stage=align", "hardware.micro_batch=7", "data.root=/d"], ["stage.global_batch", "multiple of 7"]),
     (["stage=align", "stage.max_steps=7", "data.root=/d"], ["epochs=1.0, max_steps=7", "stage.epochs=null"]),

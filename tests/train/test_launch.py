@@ -159,6 +159,55 @@ def test_several_nodes_compose_once_and_compare(
     assert {"--nnodes=2", "--rdzv-endpoint=node0:29400", "--rdzv-conf=is_host=0", "--local-addr=10.0.0.2"} <= set(argv)
 
 
+def test_a_run_for_one_node_is_not_started_on_two(
+    world: list[str], started: list, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("HEAD_ADDR", raising=False)
+    monkeypatch.setenv("SLURM_NNODES", "2")
+    with pytest.raises(UserError, match=r"hardware\.nodes=1") as caught:
+        launch(["prepare", *world, "run=narrow"])
+    assert "hardware.nodes=2" in caught.value.remedy
+    assert not (tmp_path / "checkpoints" / "narrow").exists()
+    monkeypatch.delenv("SLURM_NNODES")
+    launch(["prepare", *world, "run=narrow"])
+    told, last = capsys.readouterr().out.splitlines()[-2:]
+    words = last.split()[1:]
+    assert told.endswith(f"python -m train start {' '.join(words)}"), "one node needs no address of a head"
+    for name in ("NODE_RANK", "SLURM_NNODES"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "1" if name == "NODE_RANK" else "2")
+            with pytest.raises(UserError, match=r"hardware\.nodes=1"):
+                launch(["start", *words])
+    monkeypatch.setenv("NODE_RANK", "first")
+    with pytest.raises(UserError, match="NODE_RANK is not a whole number"):
+        launch(["start", *words])
+    monkeypatch.setenv("NODE_RANK", "0")
+    monkeypatch.setenv("SLURM_NNODES", "1")
+    launch(["start", *words])
+    assert len(started) == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "count", "remedy"),
+    [("cuda", 0, "hardware=cpu"), ("cuda", 1, "hardware.ranks=1, or"), ("auto", 1, "hardware.ranks=1, or"),
+     ("cuda", 2, None), ("auto", 0, None), ("cpu", 0, None)],
+)  # fmt: skip
+def test_devices_are_counted_before_anything_is_written(
+    world: list[str], started: list, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: str, count: int,
+    remedy: str | None,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(starting, "_num_cuda_devices", lambda: count)
+    run = [*world, f"hardware.device={device}", "run=counted"]
+    if remedy is None:
+        starting.check_devices(compose(run))
+        return
+    with pytest.raises(UserError, match=f"hardware.device={device}, but {count} CUDA") as caught:
+        launch(run)
+    assert caught.value.remedy.startswith(remedy)
+    assert not (tmp_path / "checkpoints").exists()
+    assert not started
+
+
 def test_environment_of_the_ranks(tmp_path: Path) -> None:
     config = compose(["stage=align", "hardware=cpu", "data.root=/data", "hardware.threads=3"])
     outer = {"RANK": "1", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "x", "HOME": "/home/me", "WANDB_MODE": "online"}

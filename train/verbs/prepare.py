@@ -1,11 +1,13 @@
-"""Composes, checks and writes the run folder, and says how each node starts its ranks."""
+"""Composes, checks and writes the run folder, and says how its ranks are started."""
 
 from __future__ import annotations
 
+import os
 import sys
 
 from train.compose import compose
 from train.prepare import is_done, prepare, run_folder
+from train.start import Topology, check_nodes
 
 
 def main(arguments: list[str]) -> int:
@@ -14,11 +16,16 @@ def main(arguments: list[str]) -> int:
     The hash lets every node check that it reads the config which was composed here.
     """
     composed = compose(arguments)
+    # Inside a Slurm job the nodes are known already; a run folder for another number of them could never be started.
+    check_nodes(composed, Topology.from_environment({**os.environ, "NODE_RANK": "0"}))
     if is_done(composed):
         print(f"done {run_folder(composed).path}")
         return 0
-    folder = prepare(composed, sys.argv)
+    folder = prepare(composed, sys.argv, starts_here=False)
     words = f"{folder.path} {folder.read_config().digest}"
-    print(f"on each node: HEAD_ADDR=<host> NODE_RANK=<i> launch/multinode.sh {words}")
+    if composed.hardware.nodes == 1:
+        print(f"on the node: python -m train start {words}")
+    else:
+        print(f"on each node: HEAD_ADDR=<host> NODE_RANK=<i> launch/multinode.sh {words}")
     print(f"prepared {words}")
     return 0

@@ -7,14 +7,15 @@ from pathlib import Path
 
 from anchorformer.errors import UserError
 from train.folder import RunFolder
-from train.start import Topology, start
+from train.start import Topology, check_devices, check_nodes, start
 
 
 def main(arguments: list[str]) -> int:
     """Starts, at the place among the nodes that the environment names (launch/multinode.sh).
 
     Raises:
-        UserError: this node reads another config than the node that composed it.
+        UserError: this node reads another config than the node that composed it, is one too many for it, or has fewer
+            devices than ranks.
     """
     if len(arguments) != 2:
         raise UserError(
@@ -28,4 +29,7 @@ def main(arguments: list[str]) -> int:
             f"this node reads another config of {folder}", found=config.digest, expected=expected,
             remedy="all nodes must see the same run folder, written by one `python -m train prepare`",
         )  # fmt: skip
-    return start(folder, config, Topology.from_environment(os.environ))
+    topology = Topology.from_environment(os.environ)
+    check_nodes(config, topology)
+    check_devices(config)
+    return start(folder, config, topology)
