@@ -104,6 +104,11 @@ class Loader:
         """Position after the step yielded last: epoch, consumed and seed."""
         return self._state.to_dict()
 
+    @property
+    def data_fingerprint(self) -> dict[str, str]:
+        """What the samples are made of, by name; equal wherever a position in the data means the same samples."""
+        return self.mixture.data_fingerprint
+
     def __iter__(self) -> Iterator[list[Batch]]:
         remaining = self.total_steps - self._sampler.steps_before(self._state)
         planned: deque[_Step] = deque()

@@ -40,10 +40,10 @@ class Mixture:
         named = open_sources(config)
         self.sources = tuple(source for source, _ in named)
         self._weights = tuple(weight for _, weight in named)
-        encoder_fingerprint = fingerprint(processor)
+        self._encoder_fingerprint = fingerprint(processor)
         admissions = []
         for source in self.sources:
-            lengths = measure(source, processor, encoder_fingerprint, Path(config.cache_dir))
+            lengths = measure(source, processor, self._encoder_fingerprint, Path(config.cache_dir))
             admissions.append(admit(source, lengths, processor, config.max_length, config.overlength))
         check_share(self.sources, admissions, config.max_dropped_share)
         self._kept = tuple(admission.kept for admission in admissions)
@@ -61,6 +61,15 @@ class Mixture:
                 weight,
                 item.tokens.mean() if len(item.tokens) else 0,
             )
+
+    @property
+    def data_fingerprint(self) -> dict[str, str]:
+        """What the samples are made of, by name: the processor with its libraries, and each source's files and size."""
+        sources = {
+            f"source {source.name}": f"{source.fingerprint}, {len(kept)} of {len(source)} records"
+            for source, kept in zip(self.sources, self._kept, strict=True)
+        }
+        return {"processor and tokenization libraries": self._encoder_fingerprint, **sources}
 
     def __len__(self) -> int:
         """Samples per epoch."""

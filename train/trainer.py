@@ -35,6 +35,9 @@ class Steps(Protocol):
 
     def state_dict(self) -> dict[str, Any]: ...
 
+    @property
+    def data_fingerprint(self) -> dict[str, str]: ...
+
 
 @dataclass(frozen=True)
 class Run:
@@ -61,10 +64,15 @@ def train(run: Run) -> None:
     """Runs the stage to its end and leaves the trained model in `<run>/model`.
 
     Raises:
+        UserError: the data are not those of the checkpoint, or there is no room for the next one.
         TrainingHalted: numbers that cannot be trained on; on all ranks together.
     """
     config, engine, world = run.config, run.engine, run.world
+    if run.resumed:
+        checkpoint.check_data(run.resumed, run.steps.data_fingerprint)
     first = run.resumed.step if run.resumed else 0
+    if config.resume != "never":
+        checkpoint.abandon_newer(run.folder.state, world, first)
     frozen = FrozenGuard(engine, world)
     metrics = MetricsFile(run.folder.metrics, first) if world.is_main else None
     console = Console(run.total_steps, first)
@@ -92,7 +100,8 @@ def train(run: Run) -> None:
             if is_logged:
                 console.show(record)
         if _is_save_due(config, step, run.total_steps):
-            state = TrainerState(step, run.steps.state_dict(), checkpoint.numbers_digest(config))
+            digest = checkpoint.numbers_digest(config)
+            state = TrainerState(step, run.steps.state_dict(), digest, run.steps.data_fingerprint)
             saved = checkpoint.save(run.folder.state, engine, world, state, frozen.frozen, config.checkpoint.keep)
             log.info("saved %s", saved)
 

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
 from anchorformer.errors import UserError
-from tests.train.cases import ALIGN, FINETUNE
+from data.config import OnBadImage
+from tests.train.cases import ALIGN, FINETUNE, run_config
 from tests.train.ranks import Ranks, RanksFailed
 from train import checkpoint, rank, trainer
-from train.checkpoint import damage
+from train.checkpoint import damage, numbers_digest
 from train.distributed import World, alone
 from train.folder import RunFolder
 
@@ -105,6 +110,10 @@ def test_plain_engine_resumes_exactly(make_run: MakeRun) -> None:
     for step in (4, 6):
         for path in (resumed.state / f"step-{step:08d}").iterdir():
             path.unlink()
+    run_until(alone(), str(resumed.path), stop_at=4)
+    names = sorted(path.name for path in resumed.state.iterdir())
+    assert names == [".abandoned-step-00000004", ".abandoned-step-00000006", "latest", "step-00000002"]
+    assert (resumed.state / "latest").read_text() == "step-00000002\n"
     run_until(alone(), str(resumed.path))
     assert record(resumed) == record(whole)
 
@@ -128,7 +137,7 @@ def saved(make_run: MakeRun) -> RunFolder:
 @pytest.mark.parametrize("fault", ["no COMPLETE", "truncated", "changed byte", "missing file", "other manifest"])
 def test_damaged_checkpoints_are_left_aside(saved: RunFolder, fault: str) -> None:
     newest = saved.state / "step-00000002"
-    assert damage(newest) is None
+    assert damage(newest, alone()) is None
     state = newest / "plain.pt"
     match fault:
         case "no COMPLETE":
@@ -165,3 +174,92 @@ def test_only_the_newest_checkpoints_stay(make_run: MakeRun) -> None:
     run_until(alone(), str(folder.path))
     assert sorted(path.name for path in folder.state.iterdir()) == ["latest", "step-00000004", "step-00000005"]
     assert (folder.state / "latest").read_text() == "step-00000005\n"
+
+
+def test_going_back_leaves_the_other_course(saved: RunFolder, make_run: MakeRun) -> None:
+    """After resuming an older step, that step's successors are the newest, and pruning spares them."""
+    first = str(saved.state / "step-00000001")
+    config = yaml.safe_load(saved.config.read_text())
+    config |= {"resume": first, "checkpoint": {"every": 1, "keep": 1}}
+    saved.config.write_text(yaml.safe_dump(config))
+    run_until(alone(), str(saved.path))
+    names = sorted(path.name for path in saved.state.iterdir())
+    assert names == [".abandoned-step-00000002", "latest", "step-00000002"]
+    assert damage(saved.state / "step-00000002", alone()) is None
+
+
+def test_damaged_checkpoints_are_not_counted(saved: RunFolder) -> None:
+    one, two = (saved.state / f"step-0000000{step}" for step in (1, 2))
+    three, nine = (saved.state / f"step-0000000{step}" for step in (3, 9))
+    shutil.copytree(one, three)
+    shutil.copytree(one, nine)
+    (nine / "plain.pt").write_bytes(b"")
+    checkpoint._prune(saved.state, 2, two)
+    assert not one.exists()
+    assert two.exists(), "the one just written stays, whatever its number"
+    assert three.exists()
+
+
+def test_a_full_disk_is_told_before_saving(
+    saved: RunFolder, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = sum(path.stat().st_size for path in (saved.state / "step-00000002").iterdir())
+    for folder, free in ((saved, needed // 2), (make_run("fresh", ALIGN, checkpoint__every=1), 0)):
+        config = yaml.safe_load(folder.config.read_text())
+        config["resume"] = str(saved.state / "step-00000001") if folder is saved else "never"
+        folder.config.write_text(yaml.safe_dump(config))
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        with pytest.raises(UserError, match=r"GB free\n.*GB needed"):
+            run_until(alone(), str(folder.path))
+        assert not list(folder.state.glob(".tmp-*"))
+
+
+def test_changed_data_are_refused(make_run: MakeRun, tiny_data: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "data"
+    shutil.copytree(tiny_data, copied)
+    folder = make_run("moved", ALIGN, stage__max_steps=2, checkpoint__every=1)
+    config = yaml.safe_load(folder.config.read_text())
+    config["data"]["root"] = str(copied)
+    folder.config.write_text(yaml.safe_dump(config))
+    run_until(alone(), str(folder.path))
+    config["resume"] = str(folder.state / "step-00000001")
+    folder.config.write_text(yaml.safe_dump(config))
+    (copied / "mix.json").write_text((copied / "mix.json").read_text().replace("star", "moon"))
+    with pytest.raises(UserError, match="data have changed since the checkpoint of step 1: source mix\n"):
+        run_until(alone(), str(folder.path))
+    assert (folder.state / "step-00000002").exists(), "nothing is set aside by a resumption that was refused"
+
+
+def test_bad_image_policy_may_change_on_resumption() -> None:
+    config = run_config(ALIGN)
+    lenient = replace(config, data=replace(config.data, on_bad_image=OnBadImage.skip, max_dropped_share=0.5))
+    assert numbers_digest(lenient) == numbers_digest(config)
+
+
+def save_twice(world: World, folder: str) -> list[str]:
+    """Per rank, what `damage` says after the sealed file of the last rank has lost its last byte's value."""
+    run_until(world, folder)
+    newest = max((Path(folder) / "state").glob("step-*"))
+    told = [str(damage(newest, world))]
+    if world.is_main:
+        entries = json.loads((newest / checkpoint.MANIFEST).read_text())["files"]
+        path = newest / max(name for name, entry in entries.items() if entry["rank"] == world.size - 1)
+        raw = path.read_bytes()
+        path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    world.barrier()
+    return [*told, str(damage(newest, world))]
+
+
+@pytest.mark.parametrize("zero", [pytest.param(0, marks=pytest.mark.slow), 2, 3])
+def test_each_rank_lists_and_checks_its_own_files(pair: Ranks, make_run: MakeRun, zero: int) -> None:
+    run = make_run(
+        "own", ALIGN, engine="deepspeed", zero__stage=zero, hardware__ranks=2, hardware__micro_batch=1,
+        stage__max_steps=1,
+    )  # fmt: skip
+    first, second = pair.run(save_twice, folder=str(run.path))
+    assert first == second, "both ranks know what only the second has read"
+    assert first[0] == "None"
+    assert first[1].endswith("is damaged")
+    files = json.loads((run.state / "step-00000001" / checkpoint.MANIFEST).read_text())["files"]
+    assert {entry["rank"] for entry in files.values()} == {0, 1}
+    assert all(entry["rank"] == 1 for name, entry in files.items() if "rank_1" in name.replace("mp_rank", ""))

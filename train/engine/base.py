@@ -75,8 +75,12 @@ class Engine(abc.ABC):
         """Every tensor of a part under its full name, on the CPU of rank 0; None on other ranks. All ranks call it."""
 
     @abc.abstractmethod
-    def save(self, folder: Path) -> None:
-        """Writes trained weights, optimizer and learning rates into an existing folder; all ranks call it."""
+    def save(self, folder: Path) -> list[Path]:
+        """Writes trained weights, optimizer and learning rates into an existing folder; all ranks call it.
+
+        Returns:
+            The files that this rank wrote; every file has one writer.
+        """
 
     @abc.abstractmethod
     def load(self, folder: Path) -> None:

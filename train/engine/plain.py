@@ -78,12 +78,13 @@ class PlainEngine(Engine):
     def gather(self, part: Part) -> dict[str, Tensor] | None:
         return {name: tensor.detach().cpu() for name, tensor in part_state(self.model, part.value).items()}
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> list[Path]:
         weights = {name: master.detach() for name, (_, master) in self._pairs.items()}
         torch.save(
             {"weights": weights, "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()},
             folder / STATE,
         )
+        return [folder / STATE]
 
     def load(self, folder: Path) -> None:
         state = torch.load(folder / STATE, map_location=self.world.device, weights_only=True)

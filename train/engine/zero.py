@@ -110,10 +110,13 @@ class ZeroEngine(Engine):
             return None
         return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> list[Path]:
         self._deepspeed.save_checkpoint(
             str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=True
         )
+        # DeepSpeed does not tell what it wrote; its names carry the rank, and those that carry none are rank 0's.
+        written = [path for path in folder.glob("*.pt") if f"zero_pp_rank_{self.world.rank}_" in path.name]
+        return written + (list(folder.glob("mp_rank_*.pt")) if self.world.is_main else [])
 
     def load(self, folder: Path) -> None:
         # Frozen weights are not in the checkpoint, so DeepSpeed cannot be strict here; the caller compares the
