@@ -151,7 +151,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def _convert(name: str, files: Sequence[AnnotationFile], target: Path) -> None:
-    taken: set[str] = set()
+    taken: dict[str, int] = {}
     columns: dict[str, list[Any]] = {field: [] for field in SCHEMA.names}
     with (
         written_whole(target) as draft,
@@ -178,7 +178,12 @@ def _convert(name: str, files: Sequence[AnnotationFile], target: Path) -> None:
             writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=SCHEMA))
 
 
-def _row(file: AnnotationFile, raw: Any, position: int, taken: set[str]) -> dict[str, Any]:
+def _row(file: AnnotationFile, raw: Any, position: int, taken: dict[str, int]) -> dict[str, Any]:
+    """The columns of one entry.
+
+    Args:
+        taken: ids so far -> the last number put behind them; this one's are added.
+    """
     try:
         if not isinstance(raw, dict):
             raise RecordError(f"is {type(raw).__name__}, not an object")
@@ -191,12 +196,14 @@ def _row(file: AnnotationFile, raw: Any, position: int, taken: set[str]) -> dict
             expected="a record in the published format",
             remedy="correct or remove that record; `python -m data scan` shows what the others hold",
         ) from None
-    # Real files repeat ids. Logs and predictions must still tell the records apart.
-    unique, repeats = record.id, 1
+    # Real files repeat ids, some one id in every record. Logs and predictions must still tell the records apart;
+    # counting goes on where the last repeat stopped, or the work would grow with the square of the repeats.
+    unique, repeats = record.id, taken.get(record.id, 1)
     while unique in taken:
         repeats += 1
         unique = f"{record.id}~{repeats}"
-    taken.add(unique)
+    taken[unique] = 1
+    taken[record.id] = repeats
     meta = [*record.meta, *([("duplicate_of", record.id)] if repeats > 1 else [])]
     return {
         "id": unique,

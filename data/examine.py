@@ -57,7 +57,7 @@ class Defect(str, Enum):
 
     @property
     def is_bad(self) -> bool:
-        """Whether training would refuse the record or leave it out."""
+        """Whether training would refuse the record, leave it out, or train on text that speaks of a lost image."""
         return self in _BAD
 
 
@@ -101,8 +101,9 @@ def examine_record(record: Record) -> list[Finding]:
     """What can be told from a record without a processor and without opening its images."""
     findings = []
     placeholders = sum(turn.text.count(IMAGE) for turn in record.turns if turn.role is Role.user)
-    # In a record without images `<image>` is ordinary text, as in the published code.
-    if record.images and placeholders != len(record.images):
+    # A record without any image is counted too: training reads its `<image>` as text, as the published code does, but
+    # an image that was lost looks the same.
+    if placeholders != len(record.images):
         findings.append(Finding(Defect.mismatch, f"{placeholders} {IMAGE}, {len(record.images)} image(s)"))
     if any(turn.role is Role.assistant and not turn.text.strip() for turn in record.turns):
         findings.append(Finding(Defect.empty_answer, "only its stop is supervised"))

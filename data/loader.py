@@ -64,7 +64,6 @@ class Loader:
     Attributes:
         total_steps: optimizer steps of the whole run, those before `state` counted.
         steps_per_epoch: optimizer steps that touch one epoch, rounded up.
-        sample_ids: ids of the step yielded last, over all ranks, in the sampler's order.
 
     Raises:
         UserError: what `Mixture` and `Sampler.restore` raise, and a token budget below the longest sample. While
@@ -96,7 +95,7 @@ class Loader:
         self._micro_batch = config.hardware.micro_batch
         self.steps_per_epoch = math.ceil(len(self.mixture) / stage.global_batch)
         self.total_steps = stage.max_steps or math.ceil((stage.epochs or 0) * len(self.mixture) / stage.global_batch)
-        self.sample_ids: tuple[str, ...] = ()
+        self._numbers: tuple[int, ...] = ()
         self._most_skipped = config.data.max_dropped_share * self.total_steps * stage.global_batch / world_size
         self._assembly = _Assembly(self.mixture, processor, config.data)
 
@@ -108,6 +107,11 @@ class Loader:
     def data_fingerprint(self) -> dict[str, str]:
         """What the samples are made of, by name; equal wherever a position in the data means the same samples."""
         return self.mixture.data_fingerprint
+
+    @property
+    def sample_ids(self) -> tuple[str, ...]:
+        """Ids of the step yielded last, over all ranks, in the sampler's order; read from disk when asked for."""
+        return tuple(self.mixture.sample_id(number) for number in self._numbers)
 
     def __iter__(self) -> Iterator[list[Batch]]:
         remaining = self.total_steps - self._sampler.steps_before(self._state)
@@ -137,7 +141,7 @@ class Loader:
                     "of its samples of the whole run",
                     remedy="list the bad images with `python -m data scan`, and mend or remove them",
                 )
-            self._state, self.sample_ids = step.after, step.sample_ids
+            self._state, self._numbers = step.after, step.numbers
             yield batches
 
     def _plans(self, state: SamplerState, steps: int, planned: deque[_Step]) -> Iterator[tuple[int, ...]]:
@@ -148,8 +152,7 @@ class Loader:
                 self.mixture.tokens[numbers].tolist(), self.world_size, self._micro_batch, self.config.token_budget
             )[self.rank]
             state = self._sampler.after(state)
-            sample_ids = tuple(self.mixture.sample_id(number) for number in numbers.tolist())
-            planned.append(_Step(len(plan), state, sample_ids))
+            planned.append(_Step(len(plan), state, tuple(numbers.tolist())))
             yield from (tuple(numbers[places].tolist()) for places in plan)
 
 
@@ -157,7 +160,7 @@ class Loader:
 class _Step:
     micro_batches: int
     after: SamplerState
-    sample_ids: tuple[str, ...]
+    numbers: tuple[int, ...]
 
 
 class _Assembly(Dataset[Batch | UserError]):

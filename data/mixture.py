@@ -32,8 +32,8 @@ class Mixture:
         num_dropped: records left out because they are too long or have no targets.
 
     Raises:
-        UserError: no source, a folder that is missing, what a source or the over-length rule raises, or more records
-            left out than `max_dropped_share` allows.
+        UserError: no source, a folder that is missing, what a source or the over-length rule raises, more records left
+            out than `max_dropped_share` allows, or weights that leave an epoch without any sample.
     """
 
     def __init__(self, config: DataConfig, processor: Encoder) -> None:
@@ -47,6 +47,14 @@ class Mixture:
             admissions.append(admit(source, lengths, processor, config.max_length, config.overlength))
         check_share(self.sources, admissions, config.max_dropped_share)
         self._kept = tuple(admission.kept for admission in admissions)
+        if len(self) == 0:
+            held = zip(self.sources, self._weights, self._kept, strict=True)
+            raise UserError(
+                "an epoch of this mixture holds no sample",
+                found=", ".join(f"{source.name}: weight {weight:g} of {len(kept)}" for source, weight, kept in held),
+                expected="at least one record times its source's weight, rounded",
+                remedy="raise data.sources.<name>.weight; it is passes per epoch, not a share",
+            )
         self._ends = np.cumsum([len(kept) for kept in self._kept])
         self.tokens = np.concatenate([admission.tokens for admission in admissions])
         self.num_dropped = sum(len(item.too_long) + len(item.without_targets) for item in admissions)

@@ -66,6 +66,18 @@ def test_ranks_share_every_global_batch(filled: Any, processor: AnchorFormerProc
     assert whole.state_dict() == {"seed": 3, "epoch": 2, "consumed": 0}
 
 
+def test_ids_are_read_only_when_asked_for(
+    filled: Any, processor: AnchorFormerProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = Loader(_Run(filled.config()), processor, 0, 2)
+    assert loader.sample_ids == ()
+    monkeypatch.setattr(loader.mixture, "sample_id", lambda _: pytest.fail("read for nothing"))
+    steps = iter(loader)
+    next(steps)
+    monkeypatch.undo()
+    assert len(set(loader.sample_ids)) == 4
+
+
 def test_workers_change_nothing(filled: Any, processor: AnchorFormerProcessor) -> None:
     alone = list(Loader(_Run(filled.config()), processor, 0, 1))
     helped = list(Loader(_Run(filled.config(num_workers=2)), processor, 0, 1))

@@ -149,6 +149,13 @@ def test_weights_are_passes_per_epoch(filled: Any, processor: AnchorFormerProces
     assert not np.array_equal(mixture.epoch(0, seed=4), mixture.epoch(0, seed=5))
 
 
+def test_an_epoch_without_samples_is_refused(filled: Any, processor: AnchorFormerProcessor) -> None:
+    sources = {"tiny": {**filled.write(), "weight": 0.01}}
+    with pytest.raises(UserError, match="holds no sample") as caught:
+        Mixture(filled.config(sources=sources), processor)
+    assert "tiny: weight 0.01 of 12" in caught.value.found
+
+
 @pytest.mark.parametrize(("change", "expected"), [
     ({"root": "/no/such/folder"}, "data.root"),
     ({"sources": {"own": {**LLAVA, "annotations": "x", "weight": -1}}}, "negative"),

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import yaml
 from PIL import Image
@@ -30,7 +31,8 @@ def ward(corpus: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """One record per defect, and two that are sound."""
     corpus.image("good.png")
     corpus.add("good", "good.png")
-    corpus.add("text only, <image> is text", None, "what does <image> mean?")
+    corpus.add("text only", None, "what does an image mean?")
+    corpus.add("lost", None, "<image> what is this?")
     corpus.add("missing", "missing.png")
     corpus.image("truncated.jpg", (200, 200))
     corpus.spoil("truncated.jpg", "truncated")
@@ -69,6 +71,7 @@ EXPECTED = {
     ("missing", Defect.missing), ("truncated", Defect.unreadable), ("zero", Defect.unreadable),
     ("gif", Defect.mislabelled), ("cmyk", Defect.mode), ("dot", Defect.tiny), ("bomb", Defect.oversized),
     ("turned", Defect.rotated), ("twin", Defect.duplicate_image), ("sly", Defect.outside), ("marks", Defect.mismatch),
+    ("lost", Defect.mismatch),
     ("good~2", Defect.duplicate_id), ("silent", Defect.empty_answer), ("asks", Defect.no_targets),
     ("long", Defect.too_long), ("twice", Defect.refused),
 }  # fmt: skip
@@ -97,6 +100,18 @@ def test_truncation_is_a_note_where_the_rule_allows_it(ward: Any, processor: Anc
     config = ScanConfig(data=ward.config(max_length=100, overlength="truncate_answer"), processor="unused")
     found = {(name, finding.defect) for _, name, finding in scan(config, processor).findings}
     assert found == EXPECTED - {("long", Defect.too_long)} | {("long", Defect.shortened)}
+
+
+def test_a_null_image_under_a_placeholder(processor: AnchorFormerProcessor, tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "this"}]
+    plain = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "this"}]
+    rows = datasets.Dataset.from_dict({"image": [Image.new("RGB", (9, 8)), None, None], "talk": [turns, turns, plain]})
+    rows.cast_column("image", datasets.Image()).to_parquet(str(tmp_path / "x.parquet"))
+    spec = {"_target_": "data.sources.huggingface.HuggingfaceConfig", "dataset": "x.parquet", "conversations": "talk"}
+    values = {"root": str(tmp_path), "sources": {"hf": spec}, "cache_dir": str(tmp_path / "cache")}
+    report = scan(ScanConfig(data=parse(DataConfig, values, "data"), processor="p"), processor)
+    found = [(name, finding.defect, finding.detail) for _, name, finding in report.findings]
+    assert found == [("#1", Defect.mismatch, "1 <image>, 0 image(s)")]
 
 
 def test_shown_samples_mark_what_is_supervised(

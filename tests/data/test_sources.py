@@ -13,6 +13,8 @@ import pytest
 
 from anchorformer.errors import UserError
 from anchorformer.schema import parse_plugin
+from data.annotations import AnnotationFile
+from data.arrow import _row
 from data.record import Record, Role
 from data.sources.base import PACKAGE, SourceConfig
 
@@ -55,6 +57,30 @@ def test_llava(tmp_path: Path, write_json: Write) -> None:
     assert [turn.role for turn in second.turns] == [Role.system, Role.user, Role.assistant]
     assert len(second.images) == 2
     assert third.images == ()
+
+
+def test_repeated_ids_stay_apart(tmp_path: Path, write_json: Write) -> None:
+    (tmp_path / "images").mkdir()
+    given = ["a", "a", "a~2", "a~4", "a", "a", "a~2"]
+    write_json("mix.json", [{"id": name, "conversations": CONVERSATION} for name in given])
+    records = _records(_open(LLAVA, tmp_path, tmp_path / "cache"))
+    assert [record.id for record in records] == ["a", "a~2", "a~2~2", "a~4", "a~3", "a~5", "a~2~3"]
+    assert [dict(record.meta).get("duplicate_of") for record in records] == [None, "a", "a~2", None, "a", "a", "a~2"]
+
+
+def test_repeats_cost_the_same_each() -> None:
+    class Counting(dict[str, int]):
+        asked = 0
+
+        def __contains__(self, key: object) -> bool:
+            self.asked += 1
+            return super().__contains__(key)
+
+    taken = Counting()
+    file = AnnotationFile(Path("x.json"), lambda raw, position: Record("same", (), ()))
+    rows = [_row(file, {}, position, taken)["id"] for position in range(1000)]
+    assert len(set(rows)) == 1000
+    assert taken.asked <= 2 * 1000
 
 
 def test_docvqa(tmp_path: Path, write_json: Write) -> None:
