@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from transformers import AutoTokenizer
 
 from anchorformer.errors import UserError, run_guarded
-from anchorformer.images import ImageTransform
-from anchorformer.processing import AnchorFormerProcessor
 from anchorformer.schema import parse
-from data.scan import ScanConfig, samples, scan
+from data.folders import processor_folder
+from data.mixture import open_sources
+from data.overrides import HELP, check_keys, check_option, compose, defaults, listed, options, read
+from data.scan_config import ScanConfig
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
+VERB = "scan"
 
-USAGE = """usage: python -m data scan data=<name of conf/data> data.root=<folder> processor=<model or tokenizer folder>
-           [template=plain|v1|chat] [num_image_tokens=T] [data.max_length=...] [max_bad_share=0] [out=findings.jsonl]
-
-Reports missing, unreadable, mislabelled and oversized images, <image> counts that do not match, samples without
-targets, over-length samples and duplicates; prints three samples with their supervised text in colour. Exits with 1
-where more than max_bad_share of the records cannot be used as they are, with 2 for a mistake in the command."""
+REMEDY = "correct the override; `python -m data --help` lists the keys"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -34,16 +24,27 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         UserError: unknown verb, config that cannot be composed or parsed, and what `scan` raises.
     """
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE)
+    if not arguments or not set(HELP).isdisjoint(arguments):
+        print(usage())
         return 0
     verb, *overrides = arguments
-    if verb != "scan":
+    if verb != VERB:
+        print(usage(), file=sys.stderr)
+        near = difflib.get_close_matches(verb, [VERB])
         raise UserError(
-            f"unknown verb '{verb}'", found=" ".join(arguments), expected="scan", remedy="python -m data --help"
+            f"unknown verb '{verb}'",
+            found=" ".join(arguments),
+            expected=f"'{VERB}'?" if near else VERB,
+            remedy=f"python -m data {VERB} " + " ".join(overrides if near else arguments),
         )
     config = compose_scan(overrides)
-    processor = open_processor(config)
+    folder = processor_folder(config)
+    open_sources(config.data)
+    # Only now: everything above answers within a second, because none of it needs torch.
+    from data.processor import open_processor
+    from data.scan import samples, scan
+
+    processor = open_processor(config, folder)
     report = scan(config, processor)
     for text in samples(config, processor):
         print(text)
@@ -61,71 +62,33 @@ def compose_scan(overrides: Sequence[str]) -> ScanConfig:
         UserError: an override that cannot be read, a group or key that does not exist, a value missing or of the wrong
             type.
     """
-    try:
-        with initialize_config_dir(str(CONF), version_base=None):
-            composed = compose("scan", overrides=[_settable(override) for override in overrides])
-        missing = sorted(OmegaConf.missing_keys(composed))
-        plain = None if missing else OmegaConf.to_container(composed, resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    parsed = read(overrides, REMEDY)
+    check_keys(parsed, ScanConfig, ["data"], REMEDY)
+    chosen = [str(override.value()) for override in parsed if override.key_or_group == "data"]
+    if not chosen:
         raise UserError(
-            "the config cannot be composed",
-            found=" / ".join(str(error).splitlines()[:2]),
-            expected="data=" + "|".join(sorted(path.stem for path in (CONF / "data").glob("*.yaml"))),
-            remedy="python -m data --help",
-        ) from None
-    if missing:
-        raise UserError(
-            f"{len(missing)} value(s) are missing",
-            found=", ".join(f"{key}=???" for key in missing),
-            expected="a value for each of them",
-            remedy="add " + " ".join(f"{key}=..." for key in missing),
+            "no data is chosen",
+            found=" ".join(overrides) or "no overrides",
+            expected=f"data= with one of {', '.join(options('data'))}",
+            remedy="e.g. python -m data scan data=miniworld_align data.root=... processor=...",
         )
-    assert isinstance(plain, dict)
-    return parse(ScanConfig, {str(key): value for key, value in plain.items()}, "scan")
+    for name in chosen:
+        check_option("data", name, options("data"), "name a file of conf/data")
+    return parse(ScanConfig, compose("scan", parsed, ["data"]), "python -m data scan", REMEDY)
 
 
-def open_processor(config: ScanConfig) -> AnchorFormerProcessor:
-    """The processor of a model folder, or one around a bare tokenizer.
+def usage() -> str:
+    """How the command is written, with the configs and keys that there are."""
+    return f"""usage: python -m data scan data=<config> data.root=<folder> processor=<run or model folder> [key=value]
 
-    Raises:
-        UserError: no such folder, no tokenizer in it, a bare tokenizer without `num_image_tokens` and `template`, or
-            a template that does not fit.
-    """
-    folder = Path(config.processor)
-    if not folder.is_dir():
-        raise UserError(
-            "processor is no folder",
-            found=config.processor,
-            expected="a model folder or a tokenizer's folder",
-            remedy="e.g. processor=checkpoints/<run>/model",
-        )
-    if (folder / "processor_config.json").is_file():
-        processor = AnchorFormerProcessor.from_pretrained(folder, local_files_only=True)
-        return processor.with_template(config.template) if config.template else processor
-    if config.num_image_tokens is None or config.template is None:
-        raise UserError(
-            "the processor's folder holds no processor_config.json",
-            found=f"num_image_tokens={config.num_image_tokens}, template={config.template}",
-            expected="both of them, with a bare tokenizer",
-            remedy="add num_image_tokens=145 template=v1, or name a model folder",
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            "there is no tokenizer",
-            found=f"{folder}: {str(error).splitlines()[0]}",
-            expected="tokenizer.json or tokenizer.model with their configs",
-            remedy="name a model or tokenizer folder",
-        ) from None
-    # Pixels are not looked at here, so the size of the tiles does not matter.
-    transform = ImageTransform(image_size=32, fill_rgb=(0, 0, 0))
-    return AnchorFormerProcessor(transform, tokenizer, config.num_image_tokens, template=config.template)
+Reports missing, unreadable, mislabelled and oversized images, <image> counts that do not match, samples without
+targets, over-length samples and duplicates; prints samples with their supervised text in colour. Exits with 1 where
+more than max_bad_share of the records cannot be used as they are, with 2 for a mistake in the command.
 
+{listed("configs:", options("data"), ",")}
+{listed("keys:", defaults(ScanConfig))}
 
-def _settable(override: str) -> str:
-    # A key of the config classes can be set whether the YAML mentions it or not; unknown ones are refused by `parse`.
-    return f"++{override}" if override.startswith("data.") else override
+processor= may also be a bare tokenizer's folder; then num_image_tokens and template (plain, v1, chat) are needed."""
 
 
 if __name__ == "__main__":

@@ -7,12 +7,14 @@ import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from PIL import Image
-
-from anchorformer.contracts import Example
 from data.record import Record
+
+if TYPE_CHECKING:  # for the annotations alone: sources are opened, and their mistakes named, before torch is loaded
+    from PIL import Image
+
+    from anchorformer.contracts import Example
 
 Turns = Sequence[tuple[str, str]]
 

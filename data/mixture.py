@@ -132,7 +132,8 @@ def open_sources(config: DataConfig) -> list[tuple[Source, float]]:
         )
     opened: list[tuple[Source, float]] = []
     for name, spec in sorted(config.sources.items()):
-        source = parse_plugin(SourceConfig, spec, PACKAGE, f"data.sources.{name}")
+        place = f"data.sources.{name}"
+        source = parse_plugin(SourceConfig, spec, PACKAGE, place, f"correct {place} on the command line or in its YAML")
         if source.weight < 0:
             raise UserError(
                 f"data.sources.{name}.weight is negative",

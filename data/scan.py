@@ -17,7 +17,6 @@ from tqdm import tqdm
 from anchorformer.contracts import IGNORE_INDEX
 from anchorformer.errors import UserError
 from anchorformer.processing import AnchorFormerProcessor
-from anchorformer.schema import Schema
 from data.admission import explain, shortened_length
 from data.config import DataConfig, Overlength
 from data.encoder import fingerprint, turns_of
@@ -26,6 +25,7 @@ from data.images import load
 from data.lengths import UNUSABLE, measure
 from data.mixture import open_sources
 from data.record import ImageRef
+from data.scan_config import ScanConfig
 from data.sources.base import Source
 
 T = TypeVar("T")
@@ -37,52 +37,42 @@ EXAMPLES = 3
 """How many ids a line of the table names."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScanConfig(Schema):
-    """What is scanned, with which processor, and how much may be wrong."""
-
-    data: DataConfig
-    processor: str
-    """Model folder, or a tokenizer's folder (then `num_image_tokens` and `template` are needed)."""
-    template: str | None = None
-    """Conversation template; null is the processor's own."""
-    num_image_tokens: int | None = None
-    """Embeddings per image, where the folder does not say; the connector's T."""
-    max_bad_share: float = 0.0
-    """Share of unusable records above which the command exits with 1."""
-    show: int = 3
-    """Samples printed with their supervised text in colour."""
-    threads: int = 0
-    """Images decoded at once; 0 is one per CPU."""
-    out: str | None = None
-    """File for every finding, one JSON object per line."""
-
-
 @dataclass(slots=True)
 class Report:
     """Findings by source, in the order of the records.
 
     Attributes:
-        total: records scanned.
+        totals: source -> records scanned.
         findings: (source, record id, finding).
         bad: (source, record number) of the records that training would refuse or leave out.
+        flawless: source -> records that nothing was found in.
     """
 
-    total: int = 0
+    totals: dict[str, int] = field(default_factory=dict)
     findings: list[tuple[str, str, Finding]] = field(default_factory=list)
     bad: set[tuple[str, int]] = field(default_factory=set)
+    flawless: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """Records scanned."""
+        return sum(self.totals.values())
 
     @property
     def bad_share(self) -> float:
         return len(self.bad) / max(self.total, 1)
 
     def table(self) -> str:
-        """One line per source and defect: how many records, and the first few ids."""
+        """Per source, how many records nothing was found in; then one line per defect: how many, and the first ids."""
         grouped: dict[tuple[str, Defect], list[tuple[str, str]]] = defaultdict(list)
         for source, record_id, finding in self.findings:
             grouped[source, finding.defect].append((record_id, finding.detail))
-        width = max([len(source) for source, _ in grouped] or [6])
+        width = max(map(len, ["source", *self.totals]))
         lines = [f"{'source':{width}}  {'':4} {'records':>8}  defect"]
+        lines += [
+            f"{source:{width}}  {'ok':4} {self.flawless[source]:8}  nothing found, of {total}"
+            for source, total in self.totals.items()
+        ]
         order = list(Defect)
         for (source, defect), hits in sorted(grouped.items(), key=lambda item: (item[0][0], order.index(item[0][1]))):
             shown = ", ".join(f"{record_id} ({detail})" for record_id, detail in hits[:EXAMPLES])
@@ -104,7 +94,8 @@ def scan(config: ScanConfig, processor: AnchorFormerProcessor) -> Report:
         found: dict[int, list[Finding]] = defaultdict(list)
         for index, finding in (*_texts(source, processor, config.data), *_images(source, config.threads)):
             found[index].append(finding)
-        report.total += len(source)
+        report.totals[source.name] = len(source)
+        report.flawless[source.name] = len(source) - len(found)
         for index in sorted(found):
             name = source.record_id(index)
             report.findings += [(source.name, name, finding) for finding in found[index]]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import datasets
 import pytest
@@ -16,11 +18,15 @@ from PIL import Image
 from anchorformer.errors import UserError
 from anchorformer.processing import AnchorFormerProcessor
 from anchorformer.schema import parse, parse_plugin
-from data.__main__ import compose_scan, main, open_processor
+from anchorformer.template_names import TEMPLATE_NAMES
+from data.__main__ import compose_scan, main
 from data.config import DataConfig
 from data.examine import Defect
+from data.folders import processor_folder
 from data.loader import Loader
-from data.scan import ScanConfig, samples, scan
+from data.processor import open_processor
+from data.scan import samples, scan
+from data.scan_config import ScanConfig, TemplateName
 from data.sources.base import PACKAGE, SourceConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -149,7 +155,10 @@ def test_exit_code_follows_the_threshold(
         corpus.add(index, "good.png")
     command = ["scan", *_write_group(corpus), f"processor={folder}"]
     assert main(command) == 0
-    assert "0 of 3 records (0.00%)" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "0 of 3 records (0.00%)" in shown
+    rows = [line.split() for line in shown.splitlines() if " ok " in line]
+    assert [row[:3] for row in rows] == [["captions", "ok", "3"]], "a clean source has a row"
     corpus.add("gone", "gone.png")
     corpus.write()
     assert main(command) == 1
@@ -157,24 +166,50 @@ def test_exit_code_follows_the_threshold(
     assert main([*command, "max_bad_share=0.24"]) == 1
 
 
+def _opened(overrides: list[str]) -> AnchorFormerProcessor:
+    config = compose_scan(overrides)
+    return open_processor(config, processor_folder(config))
+
+
 def test_bare_tokenizer(processor: AnchorFormerProcessor, corpus: Any, tmp_path: Path) -> None:
     processor.tokenizer.save_pretrained(tmp_path / "tokenizer")
     overrides = [*_write_group(corpus), f"processor={tmp_path / 'tokenizer'}"]
     with pytest.raises(UserError, match="processor_config"):
-        open_processor(compose_scan(overrides))
-    opened = open_processor(compose_scan([*overrides, "num_image_tokens=17", "template=v1"]))
-    assert (opened.num_image_tokens, opened.template) == (17, "v1")
+        _opened(overrides)
+    opened = _opened([*overrides, "num_image_tokens=17", "template=chat"])
+    assert (opened.num_image_tokens, opened.template) == (17, "chat")
     (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="an empty folder"):
+        _opened([*overrides[:-1], f"processor={tmp_path / 'empty'}", "num_image_tokens=17", "template=v1"])
+    (tmp_path / "empty" / "tokenizer_config.json").write_text("{}")
     with pytest.raises(UserError, match="no tokenizer"):
-        open_processor(
-            compose_scan([*overrides[:-1], f"processor={tmp_path / 'empty'}", "num_image_tokens=17", "template=v1"])
-        )
+        _opened([*overrides[:-1], f"processor={tmp_path / 'empty'}", "num_image_tokens=17", "template=v1"])
+
+
+def test_the_processor_of_a_run_is_its_models(processor: AnchorFormerProcessor, corpus: Any, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "finetune"
+    processor.save_pretrained(run / "model")
+    overrides = _write_group(corpus)
+    assert _opened([*overrides, f"processor={run}"]).num_image_tokens == processor.num_image_tokens
+    with pytest.raises(UserError) as caught:
+        _opened([*overrides, f"processor={run.parent}"])
+    assert caught.value.remedy == f"pass processor={run}"
 
 
 @pytest.mark.parametrize(("overrides", "expected"), [
     (["data=docvq", "data.root=x", "processor=y"], "docvqa"),
+    (["data=miniworld", "data.root=x", "processor=y"], "'miniworld_align' or 'miniworld_finetune'?"),
+    (["data.root=x", "processor=y"], "one of align, chartqa"),
     (["data=docvqa", "processor=y"], "data.root"),
-    (["data=docvqa", "data.root=x", "processor=y", "data.max_lenght=3"], "'max_length'?"),
+    (["shwo=1"], "'show'?"),
+    (["data=docvqa", "max_length=3"], "'data.max_length'?"),
+    (["--data", "docvqa"], "data=docvqa, without dashes"),
+    (["--data=docvqa"], "data=docvqa, without dashes"),
+    (["show"], "show=..."),
+    (["data=docvqa,chartqa"], '"data=[docvqa,chartqa]"'),
+    (["processor=a=b"], "'key=\"the value\"'"),
+    (["data=docvqa", "data.root=x", "processor=y", "template=vicuna"], "template='vicuna'"),
+    (["data=docvqa", "data.root=x", "processor=y", "data.max_lenght=3"], "'data.max_length'?"),
     (["data=docvqa", "data.root=x", "processor=y", "+max_bad_sharee=3"], "'max_bad_share'?"),
     (["data=docvqa", "data.root=x", "processor=y", "data.max_length=long"], "valid integer"),
     (["data=docvqa", "data.root=x", "processor=y", "data.overlength=cut"], "truncate_answer"),
@@ -183,11 +218,38 @@ def test_mistakes_in_the_command(overrides: list[str], expected: str) -> None:
     with pytest.raises(UserError) as caught:
         compose_scan(overrides)
     assert expected in str(caught.value)
+    assert not any(word in str(caught.value) for word in ("python -m train", "stage.template", "Exception"))
 
 
-def test_unknown_verb() -> None:
-    with pytest.raises(UserError, match="unknown verb"):
-        main(["scam"])
+def test_unknown_verb_is_answered_with_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="unknown verb") as caught:
+        main(["scam", "data=docvqa"])
+    assert caught.value.remedy == "python -m data scan data=docvqa"
+    assert "usage: python -m data scan" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["scan", "--help"], ["scan", "data=docvqa", "-h"]])
+def test_help_is_the_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "usage: python -m data scan" in shown
+    assert all(word in shown for word in ("miniworld_align", "data.max_length=2048", "show=3"))
+
+
+def test_every_template_can_be_named() -> None:
+    assert get_args(TemplateName) == TEMPLATE_NAMES
+
+
+def test_a_refused_command_has_loaded_neither_torch_nor_transformers(tmp_path: Path) -> None:
+    (tmp_path / "processor_config.json").write_text("{}")
+    script = (
+        "import sys; from data.__main__ import main; from anchorformer.errors import UserError\n"
+        f"try: main(['scan', 'data=docvqa', 'data.root={tmp_path}', 'processor={tmp_path}'])\n"
+        "except UserError as error: assert 'train_v1.0.json' in str(error)\n"
+        "else: sys.exit(3)\n"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'datasets')))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 0
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "conf/data").glob("*.yaml")), ids=lambda path: path.stem)
