@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from anchorformer.errors import UserError
-from data.config import Overlength
+from data.config import DataConfig, Overlength
 from data.encoder import Encoder, turns_of
-from data.lengths import UNUSABLE, Lengths
+from data.lengths import UNUSABLE, measure, measure_shortened
 from data.sources.base import Source
 
 NAMED = 5
@@ -35,18 +36,20 @@ class Admission:
     without_targets: np.ndarray
 
 
-def admit(source: Source, lengths: Lengths, encoder: Encoder, max_length: int, overlength: Overlength) -> Admission:
-    """Applies the over-length rule to one source.
+def admit(source: Source, encoder: Encoder, encoder_fingerprint: str, config: DataConfig) -> Admission:
+    """Counts one source, or reads what was counted before, and applies the over-length rule to it.
 
     Raises:
         UserError: a record that the processor refuses, or (`overlength=error`) one that is too long; named by id.
     """
+    max_length, cache_dir = config.max_length, Path(config.cache_dir)
+    lengths = measure(source, encoder, encoder_fingerprint, cache_dir)
     tokens = np.array(lengths.tokens)
     for index in np.flatnonzero(tokens == UNUSABLE)[:1]:
         explain(source, encoder, int(index))
     without_targets = np.flatnonzero(lengths.supervised == 0)
     long = np.flatnonzero((tokens > max_length) & (lengths.supervised > 0))
-    if len(long) and overlength is Overlength.error:
+    if len(long) and config.overlength is Overlength.error:
         shown = ", ".join(f"{source.name}/{source[int(i)].id} ({tokens[i]})" for i in long[:NAMED])
         raise UserError(
             f"{len(long)} record(s) of {source.name} are longer than data.max_length",
@@ -54,11 +57,11 @@ def admit(source: Source, lengths: Lengths, encoder: Encoder, max_length: int, o
             expected=f"at most {max_length}",
             remedy="raise data.max_length, or choose data.overlength=drop or truncate_answer",
         )
-    if overlength is Overlength.truncate_answer:
-        shortened = {int(index): shortened_length(source, encoder, int(index), max_length) for index in long}
-        for index, length in shortened.items():
-            tokens[index] = length or tokens[index]
-        long = np.array([index for index, length in shortened.items() if length is None], np.int64)
+    if len(long) and config.overlength is Overlength.truncate_answer:
+        left = measure_shortened(source, encoder, encoder_fingerprint, cache_dir, long, max_length)
+        fits = (left.tokens <= max_length) & (left.supervised > 0)
+        tokens[long[fits]] = left.tokens[fits]
+        long = long[~fits]
     kept = np.setdiff1d(np.arange(len(tokens)), np.concatenate([long, without_targets]), assume_unique=True)
     return Admission(kept, tokens[kept], long, without_targets)
 

@@ -13,7 +13,6 @@ from anchorformer.schema import parse_plugin
 from data.admission import admit, check_share
 from data.config import DataConfig
 from data.encoder import Encoder, fingerprint
-from data.lengths import measure
 from data.record import Record
 from data.sampler import permutation
 from data.sources.base import PACKAGE, Source, SourceConfig
@@ -43,8 +42,7 @@ class Mixture:
         self._encoder_fingerprint = fingerprint(processor)
         admissions = []
         for source in self.sources:
-            lengths = measure(source, processor, self._encoder_fingerprint, Path(config.cache_dir))
-            admissions.append(admit(source, lengths, processor, config.max_length, config.overlength))
+            admissions.append(admit(source, processor, self._encoder_fingerprint, config))
         check_share(self.sources, admissions, config.max_dropped_share)
         self._kept = tuple(admission.kept for admission in admissions)
         if len(self) == 0:

@@ -54,10 +54,22 @@ def test_processes_count_the_same(
     for index in range(300):
         filled.add(f"more{index}", None, "b" * index)
     ((source, _),) = open_sources(filled.config())
-    alone = lengths._count(source, processor, 1)
-    monkeypatch.setattr(lengths, "PARALLEL_FROM", 0)
+    every = range(len(source))
+    whole, cut = (lengths._count(source, processor, every, limit, 1) for limit in (None, 100))
+    assert cut[0].max() <= 100 < whole[0].max()
     monkeypatch.setattr(lengths, "CHUNK", 50)
-    assert lengths._count(source, processor, 2).tolist() == alone.tolist()
+    assert lengths._count(source, processor, every, None, 2).tolist() == whole.tolist()
+    assert lengths._count(source, processor, every, 100, 2).tolist() == cut.tolist()
+
+
+@pytest.mark.parametrize(("cpus", "records", "processes"), [
+    (256, 0, 1), (256, 19_999, 1), (256, 25_000, 2), (256, 158_000, 15), (256, 665_000, 32), (2, 665_000, 2),
+])  # fmt: skip
+def test_processes_are_no_more_than_are_worth_starting(
+    monkeypatch: pytest.MonkeyPatch, cpus: int, records: int, processes: int
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cpus)))
+    assert lengths._processes(records) == processes
 
 
 def _long_prompt_and_long_answer(corpus: Any) -> None:
@@ -100,6 +112,24 @@ def test_truncating_keeps_all_anchors_and_a_target(corpus: Any, processor: Ancho
     assert example.input_ids_S.numel() == mixture.tokens[len(names) - 1] == 60
     assert (example.input_ids_S == processor.image_token_id).sum() == processor.num_image_tokens
     assert (example.labels_S != IGNORE_INDEX).any()
+
+
+def test_shortened_lengths_are_counted_once_per_limit(
+    corpus: Any, processor: AnchorFormerProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _long_prompt_and_long_answer(corpus)
+
+    def tokens(max_length: int) -> list[int]:
+        rules = {"overlength": "truncate_answer", "max_dropped_share": 0.2}
+        mixture: list[int] = Mixture(corpus.config(max_length=max_length, **rules), processor).tokens.tolist()
+        return mixture
+
+    first, count, asked = tokens(60), lengths._count, []
+    monkeypatch.setattr(lengths, "_count", lambda *args: asked.append(args[2]) or count(*args))  # type: ignore[func-returns-value]
+    assert tokens(60) == first
+    assert asked == [], "neither the whole records nor the shortened ones"
+    assert max(tokens(70)) == 70 > max(first)
+    assert asked == [[8, 9]], "only the records that are too long"
 
 
 def _white() -> Any:
