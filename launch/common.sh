@@ -1,6 +1,7 @@
 # shellcheck shell=bash
-# Sourced by every script here: the repository's root, its interpreter, and --dry-run. What a run does is in conf/.
+# Sourced by every script here: the repository's root, its interpreter, --help and --dry-run. What a run does is in conf/.
 set -euo pipefail
+script=$(realpath -- "$0")
 cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
@@ -8,10 +9,19 @@ if [[ -z ${PYTHON:-} ]]; then
     if [[ -x .venv/bin/python ]]; then PYTHON=$PWD/.venv/bin/python; else PYTHON=python3; fi
 fi
 
+# The comment at the head of the script that was called.
+usage() {
+    sed -n '2,$ { /^#/!q; /^# shellcheck/d; /^#SBATCH/d; s/^# //p }' "$script"
+}
+
 DRY_RUN=
 arguments=()
 for argument in "$@"; do
-    if [[ $argument == --dry-run ]]; then DRY_RUN=1; else arguments+=("$argument"); fi
+    case $argument in
+        -h | --help) usage; exit 0 ;;
+        --dry-run) DRY_RUN=1 ;;
+        *) arguments+=("$argument") ;;
+    esac
 done
 set -- "${arguments[@]}"
 

@@ -9,7 +9,7 @@ case $budget in
     train) experiment=miniworld ;;
     full) experiment=miniworld_full ;;
     smoke) experiment=smoke ;;
-    *) sed -n '2,3s/^# //p' launch/miniworld.sh >&2; exit 2 ;;
+    *) usage >&2; exit 2 ;;
 esac
 shift
 

@@ -9,11 +9,18 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 if [[ $# -ne 2 ]]; then
-    sed -n '2,7s/^# \{0,1\}//p' launch/multinode.sh >&2
+    usage >&2
     exit 2
 fi
-: "${HEAD_ADDR:?the host name or address of node 0, the same on all nodes}"
-export HEAD_ADDR NODE_RANK=${NODE_RANK:-${SLURM_NODEID:?or NODE_RANK: which of the nodes this is}}
+NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-}}
+missing() {
+    echo "error: $1 is not set: $2" >&2
+    usage >&2
+    exit 2
+}
+[[ -n ${HEAD_ADDR:-} ]] || missing HEAD_ADDR "the host name or address of node 0, the same on all nodes"
+[[ -n $NODE_RANK ]] || missing NODE_RANK "which of the nodes this is, 0 for the one that HEAD_ADDR names"
+export HEAD_ADDR NODE_RANK
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
 run exec "$PYTHON" -m train start "$1" "$2"

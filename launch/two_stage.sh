@@ -5,7 +5,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 if [[ $# -lt 1 || $1 == *=* ]]; then
-    sed -n '2,3s/^# //p' launch/two_stage.sh >&2
+    usage >&2
     exit 2
 fi
 name=$1

@@ -19,7 +19,7 @@ DEFAULT = "run"
 def main(arguments: list[str]) -> int | None:
     """Runs the verb that the first argument names."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if arguments and arguments[0] in ("-h", "--help"):
+    if {"-h", "--help"} & set(arguments):
         print(usage())
         return 0
     verb, rest = DEFAULT, arguments

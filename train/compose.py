@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from enum import Enum
 from pathlib import Path
@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from anchorformer.errors import UserError
-from anchorformer.schema import parse
+from anchorformer.schema import TARGET, parse
 from train.config import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +29,8 @@ OWN_BACKBONE = {
     "vision": "a hub id or a folder of your own is model.vision=...",
     "llm": "a hub id or a folder of your own is model.language_model=...",
 }
+PLUGIN_GROUPS = ("selector", "connector")
+"""Config groups whose YAML names a class of the model that has fields of its own."""
 SEE = "`python -m train --help` lists the config groups and their options"
 
 
@@ -49,7 +51,8 @@ def compose_plain(overrides: Sequence[str], conf: Path = CONF) -> dict[str, Any]
     """The composed mapping before it is parsed, every interpolation resolved; raises what `compose` does but types."""
     groups = read_groups(conf)
     parsed = [_read_override(text) for text in overrides]
-    checked = [_check_override(override, groups) for override in parsed]
+    known = [*groups, *schema_keys(), *_plugin_keys(conf)]
+    checked = [_check_override(override, groups, known) for override in parsed]
     if "stage" not in {override.key_or_group for override in parsed}:
         raise UserError(
             "no stage is chosen", found=" ".join(overrides) or "no overrides",
@@ -104,7 +107,7 @@ def _read_override(text: str) -> Override:
         ) from None  # fmt: skip
 
 
-def _check_override(override: Override, groups: dict[str, list[str]]) -> str:
+def _check_override(override: Override, groups: dict[str, list[str]], known: Sequence[str]) -> str:
     """The override as Hydra shall see it.
 
     Keys of the config classes are always settable, whether a YAML mentions them or not, so they are passed on with
@@ -115,8 +118,7 @@ def _check_override(override: Override, groups: dict[str, list[str]]) -> str:
         _check_option(key, override, groups[key])
         return text.lstrip("+")
     if not _is_declared(key.split("."), RunConfig):
-        valid = [*groups, *schema_keys()]
-        near = difflib.get_close_matches(key, valid, n=1) or _same_last_part(key, valid)
+        near = _nearest(key, known)
         raise UserError(
             f"unknown key '{key}'", found=text,
             expected=f"'{near[0]}'?" if near else "one of " + ", ".join(dict.fromkeys([*groups, *_top_keys()])),
@@ -177,10 +179,26 @@ def _is_declared(path: list[str], hint: Any) -> bool:
 
 def _is_plugin(key: str) -> bool:
     # Sources are left to their own classes, which load no torch.
-    return key.startswith(("model.selector.", "model.connector."))
+    return key.startswith(tuple(f"model.{group}." for group in PLUGIN_GROUPS))
 
 
-def _same_last_part(key: str, valid: Iterable[str]) -> list[str]:
-    last = key.rsplit(".", 1)[-1]
-    by_last = {name.rsplit(".", 1)[-1]: name for name in valid}
-    return [by_last[name] for name in difflib.get_close_matches(last, list(by_last), n=1)]
+def _plugin_keys(conf: Path) -> list[str]:
+    """Dotted path of every field of the model's plug-ins, as their YAML files list them."""
+    keys = [
+        f"model.{group}.{key!s}"
+        for group in PLUGIN_GROUPS
+        for path in sorted((conf / group).glob("*.yaml"))
+        for key in OmegaConf.load(path)
+        if key not in ("defaults", TARGET)
+    ]
+    return list(dict.fromkeys(keys))
+
+
+def _nearest(key: str, known: Sequence[str]) -> list[str]:
+    """The key that was meant, if any: its end was typed, it is spelt much alike, or only its last part is."""
+    ends = [name for name in known if name.endswith(f".{key}")]
+    if ends:
+        return ends[:1]
+    by_last = {name.rsplit(".", 1)[-1]: name for name in known}
+    last = difflib.get_close_matches(key.rsplit(".", 1)[-1], list(by_last), n=1)
+    return difflib.get_close_matches(key, known, n=1) or [by_last[name] for name in last]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib.metadata
 import json
@@ -100,7 +101,7 @@ def check_files(config: RunConfig) -> None:
             expected="the folder that the sources' paths start from", remedy="set data.root=/path/to/your/data",
         )  # fmt: skip
     if config.init_from:
-        resolve_model(config.init_from)
+        resolve_model(config.init_from, Path(config.output_root))
     if config.resume not in ("never", "auto") and not Path(config.resume).is_dir():
         raise UserError(
             "resume names no checkpoint", found=f"resume={config.resume}",
@@ -135,7 +136,7 @@ def make_start_folder(config: RunConfig) -> Path:
 
     model = config.model
     if config.init_from:
-        folder = resolve_model(config.init_from)
+        folder = resolve_model(config.init_from, Path(config.output_root))
     else:
         made_from = {
             "model": to_plain(model), "seed": config.seed, "template": config.stage.template,
@@ -175,11 +176,11 @@ def check_samples(config: RunConfig, start: Path) -> None:
     Mixture(config.data, processor.with_template(config.stage.template))
 
 
-def resolve_model(name: str) -> Path:
+def resolve_model(name: str, output_root: Path) -> Path:
     """The model folder that `init_from` means: the folder itself, or the `model/` of a finished run.
 
     Raises:
-        UserError: nothing there, or a run that has not finished.
+        UserError: nothing there (with the runs near by), or a run that has not finished.
     """
     folder = Path(name).resolve()
     run = RunFolder(folder)
@@ -192,11 +193,25 @@ def resolve_model(name: str) -> Path:
             )  # fmt: skip
         folder = run.model
     if not (folder / "config.json").is_file():
+        near = _runs_near(Path(name), output_root)
         raise UserError(
             "init_from names no model", found=f"{name} ({'no config.json' if folder.is_dir() else 'no such folder'})",
-            expected="a run (checkpoints/<run>) or a model folder", remedy="check the path",
+            expected=" or ".join(f"'{run}'" for run in near) + "?" if near else
+            f"a run ({output_root}/<run>) or a model folder",
+            remedy=f"e.g. init_from={near[0]}" if near else "check the path",
         )  # fmt: skip
     return folder
+
+
+def _runs_near(path: Path, output_root: Path) -> list[Path]:
+    """What may have been meant: the name below `output_root`, the runs inside of that folder, or one spelt like it."""
+    places = (path, output_root / path)
+    inside = [config.parent for place in places for config in sorted(place.glob("*/config.yaml"))]
+    near = [place for place in places if (place / "config.yaml").is_file()] + inside
+    if not near:
+        runs = [config.parent for depth in ("*", "*/*") for config in output_root.glob(f"{depth}/config.yaml")]
+        near = [Path(name) for name in difflib.get_close_matches(str(path), [str(run) for run in sorted(runs)])]
+    return list(dict.fromkeys(near))[:3]
 
 
 def environment_facts(command: Sequence[str]) -> dict[str, Any]:

@@ -136,6 +136,15 @@ def test_finetune_starts_from_a_finished_run(world: list[str], started: list, tm
     assert RunFolder(started[1][0]).start == align.model
     with pytest.raises(UserError, match="init_from names no model"):
         launch([*world, "run=b", f"init_from={tmp_path}/data"])
+    for wrong in ("a/align", f"{tmp_path}/checkpoints/a/aling"):
+        with pytest.raises(UserError, match="init_from names no model") as caught:
+            launch([*world, "run=b", f"init_from={wrong}"])
+        assert f"'{align.path}'" in caught.value.expected
+        assert caught.value.remedy == f"e.g. init_from={align.path}"
+    for folder in ("a", f"{tmp_path}/checkpoints/a"):
+        with pytest.raises(UserError, match="init_from names no model") as caught:
+            launch([*world, "run=b", f"init_from={folder}"])
+        assert caught.value.expected == f"'{align.path}' or '{align.path.parent}/finetune'?"
 
 
 def test_several_nodes_compose_once_and_compare(
@@ -277,8 +286,9 @@ def test_a_signal_to_the_agent_reaches_its_ranks(tmp_path: Path) -> None:
     assert "Traceback" not in errors
 
 
-def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run_script(*arguments: str, unset: str = "") -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHON": sys.executable, "HEAD_ADDR": "node0", "NODE_RANK": "1"}
+    env.pop(unset, None)
     return subprocess.run(list(arguments), capture_output=True, text=True, env=env, cwd="/")
 
 
@@ -288,6 +298,18 @@ def test_scripts_are_sound_bash(script: Path) -> None:
     if shutil.which("shellcheck"):
         done = subprocess.run(["shellcheck", "-x", str(script)], capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_say_what_they_are_for(script: Path) -> None:
+    if script.name == "common.sh":
+        return
+    for flag in ("--help", "-h"):
+        done = run_script(str(script), flag)
+        assert done.returncode == 0, done.stderr
+        assert f"launch/{script.name} " in done.stdout
+        assert "shellcheck" not in done.stdout
+        assert "#" not in done.stdout
 
 
 @pytest.mark.parametrize(("script", "ranks"), [("cpu.sh", 2), ("one_gpu.sh", 1), ("a100.sh", 8)])
@@ -317,6 +339,10 @@ def test_a_node_of_several_starts_by_folder_and_hash() -> None:
     assert done.returncode == 0, done.stderr
     assert "-m train start checkpoints/wide abc" in done.stdout
     assert run_script(str(ROOT / "launch" / "multinode.sh"), "checkpoints/wide").returncode == 2
+    for missing in ("HEAD_ADDR", "NODE_RANK"):
+        done = run_script(str(ROOT / "launch" / "multinode.sh"), "checkpoints/wide", "abc", unset=missing)
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"error: {missing} is not set")
 
 
 def test_entry_points_report_mistakes_on_one_screen(capsys: pytest.CaptureFixture[str]) -> None:
@@ -331,10 +357,13 @@ def test_entry_points_report_mistakes_on_one_screen(capsys: pytest.CaptureFixtur
         run_guarded(lambda: 1 // 0)
 
 
-def test_verbs_are_the_files_of_their_folder() -> None:
+def test_verbs_are_the_files_of_their_folder(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"run", "prepare", "start"} <= set(entry.verbs())
     for verb in entry.verbs():
         assert verb in entry.usage()
+    for words in (["--help"], ["run", "--help"], ["stage=align", "-h"]):
+        assert entry.main(words) == 0
+        assert capsys.readouterr().out == entry.usage() + "\n"
     with pytest.raises(UserError, match="unknown verb 'prepar'") as caught:
         launch(["prepar", "stage=align"])
     assert "'prepare'?" in caught.value.expected
