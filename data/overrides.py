@@ -79,7 +79,7 @@ def check_option(key: str, name: str, valid: Sequence[str], remedy: str) -> None
         near = difflib.get_close_matches(name, valid, n=2)
         guess = " or ".join(f"'{option}'" for option in near)
         raise UserError(
-            f"there is no '{name}' for {key}=",
+            f"there is no {key} '{name}'",
             found=f"{key}={name}",
             expected=f"{guess}? There are: {', '.join(valid)}" if near else f"one of {', '.join(valid)}",
             remedy=remedy,

@@ -8,6 +8,7 @@ from typing import Any
 
 from anchorformer.errors import UserError
 from anchorformer.schema import Schema
+from data.scan_config import TemplateName
 
 
 class Condition(str, Enum):
@@ -59,7 +60,7 @@ class EvalConfig(Schema):
     """So many questions of each task, spread evenly over it; null asks all."""
     seed: int = 0
     """Decides which other image a question gets under `shuffled`."""
-    template: str | None = None
+    template: TemplateName | None = None
     """Conversation template; null is the one the model was trained with."""
     device: Device = Device.auto
     precision: Precision = Precision.auto

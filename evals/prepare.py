@@ -19,7 +19,10 @@ def prepare(config: EvalConfig) -> dict[str, tuple[TaskConfig, list[Question]]]:
     """
     prepared = {}
     for name, spec in config.tasks.items():
-        task = parse_plugin(TaskConfig, spec, PACKAGE, f"tasks.{name}")
+        place = f"tasks.{name}"
+        task = parse_plugin(
+            TaskConfig, spec, PACKAGE, place, f"correct {place} on the command line or in conf/eval/{name}.yaml"
+        )
         questions = task.questions(name, Path(config.data.root), Path(config.data.cache_dir), config.limit)
         if not questions:
             raise UserError(
@@ -30,22 +33,3 @@ def prepare(config: EvalConfig) -> dict[str, tuple[TaskConfig, list[Question]]]:
             )
         prepared[name] = (task, questions)
     return prepared
-
-
-def model_folder(name: str) -> Path:
-    """The model folder of a run, or the folder itself where it is one.
-
-    Raises:
-        UserError: there is no model in it.
-    """
-    folder = Path(name)
-    for candidate in (folder / "model", folder):
-        if (candidate / "config.json").is_file():
-            return candidate
-    there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
-    raise UserError(
-        f"no model in {name}",
-        found=there or "an empty folder",
-        expected="a finished run (with model/ in it) or a model folder (with config.json)",
-        remedy="finish the run, or pass the folder that `python -m anchorformer.assemble` wrote",
-    )

@@ -12,18 +12,21 @@ from anchorformer.errors import UserError, run_guarded
 from evals.config import Condition
 
 STAGE_ORDER = ("align", "finetune")
+TIMINGS = "timings.json"
+"""Seconds of the parts that are no stages, kept in the folder from the report that was told them."""
 WINDOW = 10
 """Steps over which the losses at the start and at the end are averaged."""
 Row = Sequence[str]
+Timings = Mapping[str, float | Mapping[str, float]]
 Steps = Mapping[str, Sequence[Mapping[str, Any]]]
 Results = Mapping[str, Mapping[str, Mapping[Condition, Mapping[str, Any]]]]
 
 
-def report(folder: Path, others: Mapping[str, Path] | None = None) -> str:
+def report(folder: Path, timings: Timings | None = None) -> str:
     """The report of a run folder, or of the folder that holds a run's stages, as Markdown.
 
     Args:
-        others: part -> JSON file that says under `seconds` how long it took (a number, or numbers by name).
+        timings: seconds of the parts that are no stages, a number or numbers by name; None is what the folder keeps.
 
     Raises:
         UserError: no stage has been trained there, or one of the files cannot be read.
@@ -31,6 +34,8 @@ def report(folder: Path, others: Mapping[str, Path] | None = None) -> str:
     stages = _stages(folder)
     steps = {name: _steps(path / "metrics.jsonl") for name, path in stages.items()}
     results = {name: _results(path / "evals") for name, path in stages.items()}
+    if timings is None:
+        timings = _json(folder / TIMINGS) if (folder / TIMINGS).is_file() else {}
     environments = [_json(path / "environment.json") for path in stages.values()]
     return "\n".join(
         [
@@ -43,7 +48,7 @@ def report(folder: Path, others: Mapping[str, Path] | None = None) -> str:
             f"Losses are means over the first and the last {WINDOW} steps, per supervised token.\n",
             *_accuracies(results),
             "## Seconds per part\n",
-            _table(("part", "seconds"), list(_seconds(others or {}, steps, results))),
+            _table(("part", "seconds"), list(_seconds(timings, steps, results))),
             *_machines(environments, results),
         ]
     )
@@ -57,22 +62,52 @@ def main() -> int:
         action="append",
         default=[],
         metavar="PART=FILE",
-        help="also show how long a part took that is no stage: a JSON file with `seconds` (may be given again)",
+        help="also show how long a part took that is no stage: a JSON file with `seconds` (may be given again); "
+        "later reports of the folder remember it",
     )
     options = parser.parse_args()
     folder = options.folder
-    text = report(folder, {name: Path(path) for name, _, path in (item.partition("=") for item in options.seconds)})
-    beside = folder / "report.md.tmp"
-    beside.write_text(text, "utf-8")
-    beside.replace(folder / "report.md")
+    timings = read_timings(options.seconds) if options.seconds else None
+    text = report(folder, timings)
+    if timings is not None:
+        _replace(folder / TIMINGS, json.dumps(timings, indent=2) + "\n")
+    _replace(folder / "report.md", text)
     print(text)
     print(f"written to {folder / 'report.md'}")
     return 0
 
 
+def read_timings(parts: Sequence[str]) -> Timings:
+    """PART=FILE ... as part -> what the JSON file says under `seconds`: a number, or numbers by name.
+
+    Raises:
+        UserError: not written like that, or a file that cannot be read or has no `seconds`.
+    """
+    timings = {}
+    for text in parts:
+        part, _, name = text.partition("=")
+        if not part or not name:
+            raise UserError(
+                "--seconds names no file", found=text, expected="PART=FILE", remedy="e.g. --seconds install=times.json"
+            )
+        seconds = _json(Path(name)).get("seconds")
+        if seconds is None:
+            raise _unreadable(Path(name), "no `seconds` in it")
+        timings[part] = seconds
+    return timings
+
+
 def _stages(folder: Path) -> dict[str, Path]:
     below = sorted(path.parent for path in folder.glob("*/metrics.jsonl"))
     found = [folder] if (folder / "metrics.jsonl").is_file() else below
+    runs = sorted({path.parents[1] for path in folder.glob("*/*/metrics.jsonl")})
+    if runs and found != [folder]:
+        raise UserError(
+            f"{folder} holds runs, and is none itself",
+            found=", ".join(path.name for path in [*below, *runs]),
+            expected="the folder of one run",
+            remedy="pass " + ("one of " if len(below) + len(runs) > 1 else "") + ", ".join(map(str, [*below, *runs])),
+        )
     if not found:
         there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else "no such folder"
         raise UserError(
@@ -116,9 +151,11 @@ def _stage_row(name: str, rows: Sequence[Mapping[str, Any]]) -> Row:
 
 def _results(folder: Path) -> dict[str, dict[Condition, dict[str, Any]]]:
     by_task: dict[str, dict[Condition, dict[str, Any]]] = {}
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(folder.glob("*.json"), key=lambda path: path.stem):
         result = _json(path)
-        by_task.setdefault(result["task"], {})[Condition(result["condition"])] = result
+        limit = result.get("limit")
+        task = result["task"] if limit is None else f"{result['task']} (limit {limit})"
+        by_task.setdefault(task, {})[Condition(result["condition"])] = result
     return by_task
 
 
@@ -130,35 +167,40 @@ def _accuracies(results: Results) -> Iterable[str]:
             by_condition[next(iter(by_condition))]["metric"],
             str(by_condition[next(iter(by_condition))]["n_scored"]),
             *(_score(by_condition.get(condition)) for condition in Condition),
-            _margin(by_condition),
+            _gain(by_condition),
         )
         for stage, tasks in results.items()
         for task, by_condition in tasks.items()
     ]
     if not rows:
         return ["No task has been evaluated.\n"]
-    header = ("after", "task", "metric", "n", "right image", "shuffled image", "no image", "right - shuffled")
-    return ["## Held-out scores\n", _table(header, rows)]
+    header = ("after", "task", "metric", "n", "right image", "shuffled image", "no image", "gain by the image")
+    return [
+        "## Held-out scores\n",
+        _table(header, rows),
+        "The gain by the image is what the right one is better by than a shuffled one: right - shuffled, and for a "
+        "loss, which is better when lower, shuffled - right.\n",
+    ]
 
 
 def _score(result: Mapping[str, Any] | None) -> str:
     return "" if result is None or result["score"] is None else f"{result['score']:.3f}"
 
 
-def _margin(by_condition: Mapping[Condition, Mapping[str, Any]]) -> str:
+def _gain(by_condition: Mapping[Condition, Mapping[str, Any]]) -> str:
     right, shuffled = (
         by_condition.get(condition, {}).get("score") for condition in (Condition.right, Condition.shuffled)
     )
-    return "" if right is None or shuffled is None else f"{right - shuffled:+.3f}"
+    if right is None or shuffled is None:
+        return ""
+    lower_is_better = by_condition[Condition.right]["metric"].startswith("loss")
+    return f"{shuffled - right if lower_is_better else right - shuffled:+.3f}"
 
 
-def _seconds(others: Mapping[str, Path], steps: Steps, results: Results) -> Iterable[Row]:
+def _seconds(timings: Timings, steps: Steps, results: Results) -> Iterable[Row]:
     parts: dict[str, float] = {}
-    for name, path in others.items():
-        taken = _json(path).get("seconds")
-        if taken is None:
-            raise _unreadable(path, "no `seconds` in it")
-        parts |= {f"{name}: {key}": value for key, value in taken.items()} if isinstance(taken, dict) else {name: taken}
+    for name, taken in timings.items():
+        parts |= {name: taken} if isinstance(taken, float | int) else {f"{name}: {key}": n for key, n in taken.items()}
     for stage, rows in steps.items():
         parts[stage] = sum(row["time"]["seconds"] for row in rows)
         spent = [result["time"]["seconds"] for task in results[stage].values() for result in task.values()]
@@ -194,6 +236,12 @@ def _table(header: Row, rows: Sequence[Row]) -> str:
 def _mean(values: Iterable[float]) -> float:
     collected = list(values)
     return sum(collected) / len(collected)
+
+
+def _replace(path: Path, text: str) -> None:
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(text, "utf-8")
+    beside.replace(path)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -14,9 +14,10 @@ from evals.questions import Question
 from evals.tasks.base import Outcome
 
 
-def paths(out: Path, task: str, condition: Condition) -> tuple[Path, Path]:
-    """Predictions and result of one task under one condition."""
-    return out / f"{task}-{condition.value}.jsonl", out / f"{task}-{condition.value}.json"
+def paths(out: Path, task: str, condition: Condition, limit: int | None = None) -> tuple[Path, Path]:
+    """Predictions and result of one task under one condition; those of a part of the task have names of their own."""
+    name = f"{task}-{condition.value}" + ("" if limit is None else f"-limit{limit}")
+    return out / f"{name}.jsonl", out / f"{name}.json"
 
 
 def summarise(outcomes: Sequence[Outcome], groups: Sequence[str | None]) -> dict[str, Any]:
@@ -46,14 +47,18 @@ def write(
     outcomes: Sequence[Outcome],
     facts: Mapping[str, Any],
     groups: Sequence[str | None],
+    limit: int | None,
 ) -> dict[str, Any]:
     """Writes predictions, then the result that names their hash; each is complete or absent.
+
+    Args:
+        limit: how many questions were asked at most; a full result is never replaced by one of a part.
 
     Returns:
         The result, as written.
     """
     out.mkdir(parents=True, exist_ok=True)
-    predictions, result = paths(out, task, condition)
+    predictions, result = paths(out, task, condition, limit)
     result.unlink(missing_ok=True)  # an old score must not stand beside new predictions
     rows = (
         {
@@ -71,6 +76,7 @@ def write(
     content = {
         "task": task,
         "condition": condition.value,
+        "limit": limit,
         **summarise(outcomes, groups),
         "predictions": predictions.name,
         "predictions_sha256": digest,

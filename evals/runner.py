@@ -40,11 +40,10 @@ def evaluate(
                 **task.describe(),
                 **facts,
                 "source": dict(task.source),
-                "limit": config.limit,
                 "seed": config.seed,
                 "time": {"seconds": round(seconds, 3), "questions_per_second": round(len(asked) / seconds, 2)},
             }
-            yield results.write(out, name, condition, asked, outcomes, settings, groups)
+            yield results.write(out, name, condition, asked, outcomes, settings, groups, config.limit)
 
 
 def line(result: Mapping[str, Any]) -> str:

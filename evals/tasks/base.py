@@ -56,7 +56,9 @@ class TaskConfig(Schema):
         Raises:
             UserError: what opening the source raises, and a record that asks nothing.
         """
-        config = parse_plugin(SourceConfig, self.source, SOURCES, f"tasks.{name}.source")
+        place = f"tasks.{name}.source"
+        remedy = f"correct {place} on the command line or in conf/eval/{name}.yaml"
+        config = parse_plugin(SourceConfig, self.source, SOURCES, place, remedy)
         source = config.open(name, root, cache_dir)
         count = len(source) if limit is None else min(limit, len(source))
         return [question(source[index * len(source) // count]) for index in range(count)]
@@ -70,7 +72,7 @@ class TaskConfig(Schema):
         return item.meta.get("kind")
 
     def describe(self) -> dict[str, Any]:
-        """Metric variant and decoding, for the result file."""
+        """Metric, its variant and decoding, for the result file; a metric called `loss...` is better when lower."""
         raise NotImplementedError
 
 

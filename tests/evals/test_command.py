@@ -11,9 +11,11 @@ import pytest
 
 from anchorformer.errors import UserError
 from anchorformer.schema import parse_plugin
-from evals.__main__ import CONF, compose_config
+from data.folders import model_folder
+from data.overrides import CONF
+from evals.__main__ import compose_config, main
 from evals.config import Condition
-from evals.prepare import model_folder, prepare
+from evals.prepare import prepare
 from evals.tasks.base import PACKAGE, TaskConfig
 
 COMMON = ["model=m", "data.root=r"]
@@ -41,26 +43,48 @@ def test_several_tasks_and_a_value_of_one_of_them() -> None:
     ("overrides", "fragments"),
     [
         ([], ["3 value(s) are missing", "model=", "task=", "data.root="]),
-        (["task=docvqa_vla"], ["no task 'docvqa_vla'", "'docvqa_val'?"]),
+        (["task=docvqa_vla"], ["no task 'docvqa_vla'", "'docvqa_val' or"]),
         (["modle=m", "task=docvqa_val"], ["unknown key 'modle'", "'model'?"]),
         ([*COMMON, "task=docvqa_val", "+limt=3"], ["unknown key 'limt'", "'limit'?"]),
         ([*COMMON, "task=docvqa_val", "batch_size=many"], ["batch_size='many'", "integer"]),
         ([*COMMON, "task=docvqa_val", "batch_size=0"], ["batch_size is too small"]),
         ([*COMMON, "task=docvqa_val", "conditions=[left]"], ["conditions", "'left'"]),
         ([*COMMON, "task=vqa"], ["tasks.vqa.source.annotations=???"]),
-        (["model"], ["cannot be read", "model"]),
+        (["model"], ["cannot be read", "model=..."]),
+        (["task=docvqa_val,chartqa_test"], ['"task=[docvqa_val,chartqa_test]"']),
+        ([*COMMON, "task=docvqa_val", "conditions=rigth"], ["'rigth'", "'right', 'shuffled' or 'none'"]),
+        ([*COMMON, "task=docvqa_val", "template=vicuna"], ["template='vicuna'", "'plain', 'v1' or 'chat'"]),
+        (["--model", "m"], ["--model", "model=m, without dashes"]),
+        (["model=a=b"], ["model=a=b", "in quotes"]),
     ],
 )
 def test_a_mistake_names_what_was_found_and_expected(overrides: list[str], fragments: list[str]) -> None:
     with pytest.raises(UserError) as caught:
         compose_config(overrides)
     assert all(fragment in str(caught.value) for fragment in fragments), str(caught.value)
+    assert not any(word in str(caught.value) for word in ("python -m train", "stage.template", "Exception"))
+
+
+def test_one_condition_needs_no_brackets() -> None:
+    assert compose_config([*COMMON, "task=docvqa_val", "conditions=shuffled"]).conditions == (Condition.shuffled,)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["task=docvqa_val", "-h"]])
+def test_help_is_the_usage(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["evals", *arguments])
+    assert main() == 0
+    shown = capsys.readouterr().out
+    assert all(path.stem in shown for path in (CONF / "eval").glob("*.yaml"))
+    assert all(word in shown for word in ("usage: python -m evals", "batch_size=64", "right,shuffled,none"))
 
 
 def test_an_unknown_value_of_a_task_is_refused_before_anything_is_opened(tmp_path: Path) -> None:
     config = compose_config(["model=m", f"data.root={tmp_path}", "task=docvqa_val", "tasks.docvqa_val.max_new_token=7"])
-    with pytest.raises(UserError, match="unknown key 'max_new_token'"):
+    with pytest.raises(UserError, match="unknown key 'max_new_token'") as caught:
         prepare(config)
+    assert caught.value.remedy == "correct tasks.docvqa_val on the command line or in conf/eval/docvqa_val.yaml"
 
 
 def test_a_limit_is_spread_over_the_task(tmp_path: Path) -> None:
@@ -83,14 +107,20 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
 
 
 def test_the_model_of_a_run_or_the_folder_itself(tmp_path: Path) -> None:
-    (tmp_path / "run" / "model").mkdir(parents=True)
+    def found(folder: Path) -> Path:
+        return model_folder(str(folder), "model", "config.json")
+
+    run = tmp_path / "mine" / "finetune"
+    (run / "model").mkdir(parents=True)
     with pytest.raises(UserError, match="no model in"):
-        model_folder(str(tmp_path / "run"))
-    (tmp_path / "run" / "model" / "config.json").write_text("{}")
-    assert model_folder(str(tmp_path / "run")) == tmp_path / "run" / "model"
-    assert model_folder(str(tmp_path / "run" / "model")) == tmp_path / "run" / "model"
+        found(run)
+    (run / "model" / "config.json").write_text("{}")
+    assert found(run) == found(run / "model") == run / "model"
+    with pytest.raises(UserError) as caught:
+        found(run.parent)
+    assert caught.value.remedy == f"pass model={run}"
     with pytest.raises(UserError, match="no such folder"):
-        model_folder(str(tmp_path / "absent"))
+        found(tmp_path / "absent")
 
 
 def test_a_refused_command_has_loaded_neither_torch_nor_weights() -> None:

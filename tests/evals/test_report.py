@@ -70,7 +70,8 @@ def test_accuracy_beside_its_baselines(run: Path) -> None:
 def test_seconds_of_every_part_and_their_sum(run: Path, tmp_path: Path) -> None:
     (tmp_path / "installed").write_text(json.dumps({"seconds": 100}))
     (tmp_path / "world.json").write_text(json.dumps({"seconds": {"clip": 150.5, "llama": 49.5}, "other": 1}))
-    text = report.report(run, {"install": tmp_path / "installed", "mini world": tmp_path / "world.json"})
+    timings = report.read_timings([f"install={tmp_path}/installed", f"mini world={tmp_path}/world.json"])
+    text = report.report(run, timings)
     assert cells(text, "install") == ["install", "100.0"]
     assert cells(text, "mini world: clip") == ["mini world: clip", "150.5"]
     assert cells(text, "evaluation after finetune") == ["evaluation after finetune", "6.0"]
@@ -79,7 +80,9 @@ def test_seconds_of_every_part_and_their_sum(run: Path, tmp_path: Path) -> None:
 
 def test_a_file_without_seconds_is_named(run: Path) -> None:
     with pytest.raises(UserError, match="no `seconds` in it"):
-        report.report(run, {"install": run / "align" / "environment.json"})
+        report.read_timings([f"install={run}/align/environment.json"])
+    with pytest.raises(UserError, match="PART=FILE"):
+        report.read_timings(["install"])
 
 
 def test_a_single_stage_is_a_report_too(run: Path) -> None:
@@ -95,6 +98,48 @@ def test_the_command_prints_what_it_writes(
     assert report.main() == 0
     assert (run / "report.md").read_text() in capsys.readouterr().out
     assert not list(run.glob("*.tmp"))
+
+
+def test_seconds_that_were_told_once_are_remembered(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (run / "installed").write_text('{"seconds": 3}')
+    monkeypatch.setattr(sys, "argv", ["report", str(run), "--seconds", f"install={run}/installed"])
+    report.main()
+    first = (run / "report.md").read_text()
+    (run / "installed").unlink()
+    monkeypatch.setattr(sys, "argv", ["report", str(run)])
+    report.main()
+    assert (run / "report.md").read_text() == first
+    assert cells(first, "install") == ["install", "3.0"]
+
+
+def test_a_loss_gains_by_being_lower(run: Path) -> None:
+    for condition, score in (("right", 1.2), ("shuffled", 1.5)):
+        path = run / "align" / "evals" / f"caption-{condition}.json"
+        path.write_text(json.dumps({
+            "task": "caption", "condition": condition, "metric": "loss_per_token", "n_scored": 100, "score": score,
+            "time": {"seconds": 1.5}, "machine": "2 cores of a test",
+        }))  # fmt: skip
+    text = report.report(run)
+    row = next(line for line in text.splitlines() if "loss_per_token" in line)
+    assert [cell.strip() for cell in row.split("|")][5:9] == ["1.200", "1.500", "", "+0.300"]
+    assert "for a loss, which is better when lower, shuffled - right" in text
+
+
+def test_a_part_of_a_task_has_a_row_of_its_own(run: Path) -> None:
+    full = run / "finetune" / "evals" / "doc-right.json"
+    part = {**json.loads(full.read_text()), "limit": 8, "n_scored": 8, "score": 0.5}
+    full.with_name("doc-right-limit8.json").write_text(json.dumps(part))
+    rows = [[cell.strip() for cell in line.split("|")] for line in report.report(run).splitlines() if "| doc" in line]
+    assert [row[2:6] for row in rows] == [
+        ["doc", "exact_match", "100", "0.750"], ["doc (limit 8)", "exact_match", "8", "0.500"],
+    ]  # fmt: skip
+
+
+def test_the_folder_of_runs_names_them(run: Path) -> None:
+    write_stage(run.parent / "other" / "align", [1.0])
+    with pytest.raises(UserError) as caught:
+        report.report(run.parent)
+    assert caught.value.remedy == f"pass one of {run}, {run.parent}/other"
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,18 @@ def test_caption_loss_is_the_mean_over_tokens(tmp_path: Path) -> None:
     assert [result["score"] for result in shown] == [pytest.approx(0.5), pytest.approx(3.0)]
     mixed = [Outcome(None, 0.5, 4), Outcome(None, 3.0, 10)]
     assert results.summarise(mixed, [None, None])["score"] == pytest.approx((2.0 + 30.0) / 14)
+
+
+def test_a_part_of_a_task_never_replaces_the_whole(tmp_path: Path) -> None:
+    task, asked = VqaTask(source={}), questions("a", "b")
+    (whole,) = run(tmp_path, task, asked, Condition.right)
+    part = replace(config(Condition.right), limit=1)
+    (result,) = evaluate(part, {"t": (task, asked[:1])}, Parrot(), {}, tmp_path)
+    assert (whole["limit"], result["limit"], result["n"]) == (None, 1, 1)
+    predictions, stored = results.paths(tmp_path, "t", Condition.right)
+    assert json.loads(stored.read_text()) == whole
+    assert whole["predictions_sha256"] == hashlib.sha256(predictions.read_bytes()).hexdigest()
+    assert result["predictions"] == "t-right-limit1.jsonl"
 
 
 def test_an_old_score_never_stands_beside_new_predictions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
