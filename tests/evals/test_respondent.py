@@ -198,5 +198,5 @@ def test_real_files_are_asked_as_they_are(
     for name, (n, n_scored) in scored.items():
         assert 0 < n <= 4
         assert n_scored == (0 if name.startswith("docvqa_test") else n), "the test split is published without answers"
-    rows = (tmp_path / "out" / "docvqa_val-right.jsonl").read_text().splitlines()
+    rows = (tmp_path / "out" / "docvqa_val-right-limit4.jsonl").read_text().splitlines()
     assert all(json.loads(row)["references"] for row in rows)
