@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from anchorformer.contracts import Batch
 from tests.train.cases import EVERYTHING, FINETUNE, batches_for, load_frozen, run_config
 from tests.train.ranks import Ranks
 from train.distributed import World, alone
 from train.engine import build_engine, loading
+from train.engine.base import total_norm
+from train.engine.plain import PlainEngine
 
 TOLERANCE = 1e-6
 """Of the largest gradient: sums of fp32 numbers in another order differ by about their rounding, 1.2e-7 each."""
@@ -145,3 +149,52 @@ def test_a_step_without_targets_is_zero(tiny_folder: Path) -> None:
     assert loss == 0.0
     assert set(norms.values()) == {0.0}
     assert all(torch.count_nonzero(value) == 0 for value in found.values())
+
+
+def added_up(world: World, folder: str, engine: str, zero: int) -> Any:
+    """bf16 gradients of eight micro-batches per rank: accumulated, their norm, and one by one, added in fp32."""
+    from deepspeed.utils import safe_get_full_grad
+
+    # A rate that moves no weight, so that one engine can take the same micro-batches twice.
+    trains = {part: {"lr": 1e-30} for part in FINETUNE}
+    config = run_config(
+        trains, engine=engine, zero__stage=zero, hardware__ranks=world.size, hardware__micro_batch=1,
+        stage__clip_norm=0.0,
+    )  # fmt: skip
+    with loading(config, world, torch.bfloat16):
+        model = load_frozen(Path(folder), config, torch.bfloat16)
+    machine = build_engine(model, config, world, total_steps=9, dtype=torch.bfloat16)
+    deal = DEALS["one by one"][0]
+    batches = batches_for(machine.model, deal[::-1] if world.rank else deal)
+    (total,) = world.sum([float(sum(batch.num_supervised for batch in batches))])
+
+    def taken(part: list[Batch]) -> tuple[dict[str, torch.Tensor], float]:
+        machine.accumulate(part, int(total))
+        norm = total_norm(machine.part_grad_norms())
+        if isinstance(machine, PlainEngine):
+            pairs = machine._pairs.items()
+            found = {name: master.grad.clone() for name, (_, master) in pairs if master.grad is not None}
+        else:
+            trained = {name: value for name, value in machine.model.named_parameters() if value.requires_grad}
+            found = {name: safe_get_full_grad(value).clone() for name, value in trained.items()}
+        machine.step()
+        return found, norm
+
+    singles = [taken([batch])[0] for batch in batches]
+    exact = {name: sum(single[name].float() for single in singles) for name in singles[0]}
+    return *taken(batches), exact
+
+
+@pytest.mark.parametrize(("engine", "zero"), [("plain", 0), ("deepspeed", 2), ("deepspeed", 3)])
+def test_bf16_micro_batches_add_up_in_fp32(pair: Ranks, tiny_folder: Path, engine: str, zero: int) -> None:
+    """No value is off by more than the rounding of one bf16 number, 2^-9; a bf16 sum rounds every time."""
+    if engine == "plain":
+        found, norm, exact = added_up(alone(), str(tiny_folder), engine, zero)
+    else:
+        found, norm, exact = pair.run(added_up, folder=str(tiny_folder), engine=engine, zero=zero)[0]
+    assert found.keys() == exact.keys()
+    for name, value in found.items():
+        assert value.dtype == torch.float32, name
+        floor = TOLERANCE * float(exact[name].abs().max())
+        torch.testing.assert_close(value, exact[name], rtol=2**-9, atol=floor)
+    assert norm == pytest.approx(math.sqrt(sum(float(value.double().square().sum()) for value in exact.values())))

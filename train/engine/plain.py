@@ -41,21 +41,24 @@ class PlainEngine(Engine):
     def _backward(self, batch: Batch, step_supervised: int, *, is_last: bool) -> Tensor:
         loss = supervised_loss(self.model, batch, step_supervised)
         loss.backward()
+        for parameter, master in self._pairs.values():
+            if master is not parameter and parameter.grad is not None:
+                # Summed in fp32: a bf16 sum loses what a micro-batch adds below a 256th of it.
+                gradient = parameter.grad.float()
+                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+                parameter.grad = None
         return loss.detach()
 
     def part_grad_norms(self) -> dict[Part, float]:
         gradients = (
-            (self._owners[id(parameter)], parameter.grad)
-            for parameter, _ in self._pairs.values()
-            if parameter.grad is not None
+            (self._owners[id(parameter)], master.grad)
+            for parameter, master in self._pairs.values()
+            if master.grad is not None
         )
         squares = squared_norms(gradients, self.config.stage.trains)
         return {part: square**0.5 for part, square in squares.items()}
 
     def step(self) -> None:
-        for parameter, master in self._pairs.values():
-            if master is not parameter:
-                master.grad = None if parameter.grad is None else parameter.grad.float()
         if self.config.stage.clip_norm > 0:
             nn.utils.clip_grad_norm_([master for _, master in self._pairs.values()], self.config.stage.clip_norm)
         self.optimizer.step()
@@ -64,8 +67,7 @@ class PlainEngine(Engine):
             for parameter, master in self._pairs.values():
                 if master is not parameter:
                     parameter.copy_(master)
-                    master.grad = None
-                parameter.grad = None
+                master.grad = None
 
     @property
     def lrs(self) -> dict[str, float]:

@@ -139,7 +139,7 @@ def deepspeed_config(config: RunConfig, world: World, dtype: torch.dtype) -> dic
     if config.zero.overlap_comm and not is_cuda:
         log.info("zero.overlap_comm has no effect on %s, which has no streams to overlap on", world.device)
     micro = config.hardware.micro_batch
-    return {
+    own: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro,
         # The planned number; the true borders are set micro-batch by micro-batch.
         "gradient_accumulation_steps": config.stage.global_batch // (micro * world.size),
@@ -149,6 +149,11 @@ def deepspeed_config(config: RunConfig, world: World, dtype: torch.dtype) -> dic
         "bf16": {"enabled": dtype == torch.bfloat16},
         "wall_clock_breakdown": False,
     }
+    if dtype == torch.bfloat16 and config.zero.stage >= 2:
+        # Micro-batches are summed in fp32, at 4 bytes per value of this rank's part. DeepSpeed has no such mix for
+        # stage 0, and would replace stage 1's optimizer by another class.
+        own["data_types"] = {"grad_accum_dtype": "fp32"}
+    return own
 
 
 def _load_weights_only(path: str, map_location: Any = None) -> Any:
