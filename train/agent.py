@@ -7,6 +7,7 @@ its ranks ended with, so that a user's mistake (2), a halted run (3) and a crash
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
 from train.folder import RunFolder
+
+ELASTIC = "torch.distributed.elastic"
 
 
 def main(arguments: list[str]) -> int:
@@ -25,6 +28,7 @@ def main(arguments: list[str]) -> int:
         the signal that ended it or this process.
     """
     folder = RunFolder(Path(arguments[-1]))
+    _hush(folder)
     try:
         run(parse_args(arguments))
     except ChildFailedError as error:
@@ -38,6 +42,17 @@ def main(arguments: list[str]) -> int:
         print(f"stopped by {error.sigval.name}", file=sys.stderr)
         return 128 + error.sigval.value
     return 0
+
+
+def _hush(folder: RunFolder) -> None:
+    """Keeps torchrun's own account of the ranks' end to itself where they have left theirs."""
+
+    def is_news(_: logging.LogRecord) -> bool:
+        return not folder.halted.is_file()
+
+    # A filter counts for its own logger only, not for those below it.
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith(ELASTIC)]:
+        logging.getLogger(name).addFilter(is_news)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
+import transformers
 
 import anchorformer.auto  # noqa: F401 (makes the model and its processor known to transformers)
 from anchorformer.errors import UserError, run_guarded
@@ -24,9 +25,10 @@ from train.precision import choose_dtype
 from train.stage import freeze, render, table
 from train.trainer import Run, train
 
-log = logging.getLogger(__name__)
+# Under torchrun this file is `__main__`, which would tell a reader of the log nothing.
+log = logging.getLogger("train.rank")
 
-OWN_LOGGERS = ("anchorformer", "data", "train", "__main__")
+OWN_LOGGERS = ("anchorformer", "data", "train")
 """What is worth a line at INFO; of other packages only warnings are."""
 
 
@@ -105,6 +107,9 @@ def start_logging(folder: RunFolder) -> None:
     logging.basicConfig(level=logging.WARNING, handlers=handlers, force=True)
     for name in OWN_LOGGERS:
         logging.getLogger(name).setLevel(logging.INFO)
+    if rank != 0:
+        # They would all draw over the same line of one terminal.
+        transformers.utils.logging.disable_progress_bar()
     # DeepSpeed's call of a collective that torch is renaming; nothing that a reader of the log could act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     sys.excepthook = _log_crash

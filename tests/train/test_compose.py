@@ -133,6 +133,14 @@ def test_schema_keys_that_no_yaml_mentions_can_be_set_and_parts_can_be_added() -
     assert config.stage.trains[Part.vision_tower].lr == 1e-6
 
 
+def test_a_preset_of_hardware_may_say_how_ranks_communicate_and_the_command_line_wins() -> None:
+    cpu = composed("stage=align", "hardware=cpu", "zero=zero3")
+    assert (cpu.hardware.device.value, cpu.hardware.ranks) == ("cpu", 2)
+    assert (cpu.zero.stage, cpu.zero.overlap_comm) == (3, False)
+    assert composed("stage=align", "hardware=cpu", "zero.overlap_comm=true").zero.overlap_comm
+    assert composed("stage=align", "hardware=a100x8").zero.overlap_comm
+
+
 def test_names_given_by_default_differ() -> None:
     one, other = (compose(["stage=align", "data.root=/data"]).run for _ in range(2))
     assert one.startswith("align-")

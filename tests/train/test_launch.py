@@ -272,6 +272,8 @@ def test_the_agent_ends_as_its_ranks_do(tmp_path: Path, mode: str, code: int) ->
     _, errors = process.communicate(timeout=90)
     assert process.returncode == code, errors
     assert "Traceback" not in errors
+    if mode == "halted":
+        assert not errors.strip(), "the ranks have said why they stopped"
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -85,6 +86,26 @@ def test_a_process_without_ranks_is_told_so(make_run: MakeRun, monkeypatch: pyte
     monkeypatch.setattr(rank, "start_logging", lambda folder: None)
     with pytest.raises(UserError, match="not a rank"):
         rank.main([str(make_run("alone", ALIGN).path)])
+
+
+def test_logging_of_a_rank(tmp_path: Path) -> None:
+    """In a process of its own and under another name, as torchrun has it, since it takes the whole process's logging over."""
+    program = (
+        "import logging, runpy, sys\n"
+        "from pathlib import Path\n"
+        "from transformers.utils import logging as bars\n"
+        "module = runpy.run_module('train.rank', run_name='as_main')\n"
+        "module['start_logging'](module['RunFolder'](Path(sys.argv[1])))\n"
+        "module['log'].info('hello')\n"
+        "print(bars.is_progress_bar_enabled())\n"
+    )
+    for number in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True,
+            env={**os.environ, "RANK": str(number)},
+        )  # fmt: skip
+        assert done.stdout.splitlines()[-1] == str(number == 0), "one rank draws"
+        assert "train.rank: hello" in (tmp_path / "logs" / f"rank_{number}.log").read_text()
 
 
 @pytest.mark.slow
