@@ -89,7 +89,7 @@ def test_a_process_without_ranks_is_told_so(make_run: MakeRun, monkeypatch: pyte
 
 
 def test_logging_of_a_rank(tmp_path: Path) -> None:
-    """In a process of its own and under another name, as torchrun has it, since it takes the whole process's logging over."""
+    """In a process of its own, whose logging it takes over, and under another name, as torchrun has it."""
     program = (
         "import logging, runpy, sys\n"
         "from pathlib import Path\n"
