@@ -62,7 +62,7 @@ class RunFolder:
         """
         pointer = self.path / "start.txt"
         if pointer.is_file():
-            return Path(pointer.read_text().strip())
+            return Path(pointer.read_text().splitlines()[0])
         if not (self.path / "start").is_dir():
             raise UserError(
                 f"run {self.path} has nothing to start from", found="neither start/ nor start.txt",
@@ -70,6 +70,12 @@ class RunFolder:
                 remedy="start the run with `python -m train`",
             )  # fmt: skip
         return self.path / "start"
+
+    @property
+    def start_hash(self) -> str:
+        """sha256 of the start folder's manifest when the run was prepared, from the second line of `start.txt`."""
+        lines = (self.path / "start.txt").read_text().splitlines()
+        return lines[1] if len(lines) > 1 else "not written down"
 
     def read_config(self) -> RunConfig:
         """The run's configuration.

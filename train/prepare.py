@@ -53,13 +53,14 @@ def prepare(config: RunConfig, command: Sequence[str], *, starts_here: bool = Tr
     config = check_parts(config)
     if folder.config.is_file():
         _compare(config, folder.read_config(), folder.config)
+        _compare_start(folder)
         # What the last attempt ended with says nothing about this one.
         folder.halted.unlink(missing_ok=True)
     else:
         start = make_start_folder(config)
         check_samples(config, start)
         _create(folder.path, config.resume != "never")
-        write_atomically(folder.path / "start.txt", f"{start}\n")
+        write_atomically(folder.path / "start.txt", f"{start}\n{_manifest_hash(start)}\n")
         write_atomically(folder.path / "environment.json", json.dumps(environment_facts(command), indent=2) + "\n")
     # Last: a folder with a config is one that ranks can be started on.
     write_atomically(folder.config, yaml.safe_dump(to_plain(config), sort_keys=False))
@@ -88,8 +89,20 @@ def run_folder(config: RunConfig) -> RunFolder:
 
 
 def is_done(config: RunConfig) -> bool:
-    """Whether a run that may be resumed has nothing left to do."""
-    return config.resume != "never" and run_folder(config).done.exists()
+    """Whether a run that may be resumed has nothing left to do.
+
+    Raises:
+        UserError: it was done with another config, or started from a model that has been replaced since; what it left
+            is then not what this command asks for.
+    """
+    if config.resume == "never":
+        return False
+    folder = run_folder(config)
+    if not folder.done.exists():
+        return False
+    _compare(check_parts(config), folder.read_config(), folder.config)
+    _compare_start(folder)
+    return True
 
 
 def check_files(config: RunConfig) -> None:
@@ -157,7 +170,7 @@ def make_start_folder(config: RunConfig) -> Path:
                 shutil.rmtree(mine)
                 if not folder.is_dir():
                     raise
-    check_folder(folder, model.selector, model.connector)
+    check_folder(folder, model.selector, model.connector, every_hash=True)
     return folder
 
 
@@ -242,6 +255,22 @@ def _compare(config: RunConfig, before: RunConfig, path: Path) -> None:
             f"the run {config.run} was started with another config", found="; ".join(found), expected=f"as in {path}",
             remedy="resume with the same values, or start another run",
         )  # fmt: skip
+
+
+def _compare_start(folder: RunFolder) -> None:
+    found, expected = _manifest_hash(folder.start), folder.start_hash
+    if found != expected:
+        raise UserError(
+            f"the model that {folder.path} started from has been replaced", found=f"{folder.start} ({found[:12]})",
+            expected=f"the one of its start ({expected[:12]})", remedy="start another run from the new model",
+        )  # fmt: skip
+
+
+def _manifest_hash(folder: Path) -> str:
+    from anchorformer.weights import MANIFEST, sha256
+
+    manifest = folder / MANIFEST
+    return sha256(manifest) if manifest.is_file() else "no manifest"
 
 
 def _create(folder: Path, resumed: bool) -> None:

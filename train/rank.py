@@ -17,7 +17,7 @@ import transformers
 import anchorformer.auto  # noqa: F401 (makes the model and its processor known to transformers)
 from anchorformer.errors import UserError, run_guarded
 from train import checkpoint, distributed
-from train.config import RunConfig
+from train.config import Device, RunConfig
 from train.distributed import World
 from train.engine import build_engine, loading
 from train.folder import RunFolder
@@ -67,6 +67,8 @@ def run_rank(config: RunConfig, folder: RunFolder, world: World) -> None:
         config, processor, world.rank, world.size,
         state=resumed.loader if resumed else None, pin_memory=world.device.type == "cuda",
     )  # fmt: skip
+    if resumed:
+        checkpoint.check_data(resumed, loader.data_fingerprint)
 
     dtype = choose_dtype(config.hardware.precision, world.device, model_config.text_config.hidden_size)
     with loading(config, world, dtype):
@@ -87,7 +89,7 @@ def prepare_process(config: RunConfig) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(config.hardware.threads or max(1, cores // local_ranks))
     torch.manual_seed(config.seed)
-    if not torch.cuda.is_available():
+    if config.hardware.device is Device.cpu or not torch.cuda.is_available():
         # On CPU determinism is free; on CUDA several fused backward passes have no deterministic form.
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

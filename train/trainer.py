@@ -64,12 +64,10 @@ def train(run: Run) -> None:
     """Runs the stage to its end and leaves the trained model in `<run>/model`.
 
     Raises:
-        UserError: the data are not those of the checkpoint, or there is no room for the next one.
+        UserError: there is no room for the next checkpoint.
         TrainingHalted: numbers that cannot be trained on; on all ranks together.
     """
     config, engine, world = run.config, run.engine, run.world
-    if run.resumed:
-        checkpoint.check_data(run.resumed, run.steps.data_fingerprint)
     first = run.resumed.step if run.resumed else 0
     if config.resume != "never":
         checkpoint.abandon_newer(run.folder.state, world, first)
