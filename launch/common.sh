@@ -2,7 +2,7 @@
 # Sourced by every script here: the repository's root, its interpreter, --help and --dry-run. What a run does is in conf/.
 set -euo pipefail
 script=$(realpath -- "$0")
-cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
 if [[ -z ${PYTHON:-} ]]; then
