@@ -52,7 +52,7 @@ def test_processes_count_the_same(
     filled: Any, processor: AnchorFormerProcessor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for index in range(300):
-        filled.add(f"more{index}", None, "b" * index)
+        filled.add(f"more{index}", None, "why?", "b" * index)
     ((source, _),) = open_sources(filled.config())
     every = range(len(source))
     whole, cut = (lengths._count(source, processor, every, limit, 1) for limit in (None, 100))
