@@ -25,11 +25,12 @@ def test_both_stages_are_done_and_learned(runs: Path) -> None:
 
 def test_the_model_reads_its_images(runs: Path) -> None:
     found = margins(runs)
-    # A tenth of the steps of `make train`: the margins are small, but not chance (300 questions or more per task).
-    assert found["miniworld_caption"] > 0.1, found
+    # An eighth of the finetuning of `make train` and 200 questions per task: the bounds are far below what a run gives
+    # (caption 1.65, scene .15, chart .23, doc .145 with seed 0) and above what chance does.
+    assert found["miniworld_caption"] >= 0.5, found
     assert found[SCENE] > 0.05, found
-    assert found[CHART] > 0.03, found
-    assert found[DOC] > 0.0, found
+    assert found[CHART] > 0.05, found
+    assert found[DOC] > 0.03, found
 
 
 def test_the_report_says_it_all(runs: Path) -> None:
