@@ -29,10 +29,11 @@ class RanksFailed(AssertionError):
 
 
 class Ranks:
-    """Processes joined by gloo; a job is a module-level function called as `job(world, **arguments)` on each."""
+    """Processes joined by gloo (NCCL on CUDA); a job is a module-level function, called `job(world, **arguments)`."""
 
-    def __init__(self, size: int = 2) -> None:
+    def __init__(self, size: int = 2, device: Device = Device.cpu) -> None:
         self.size = size
+        self.device = device
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
 
@@ -56,7 +57,7 @@ class Ranks:
         context = multiprocessing.get_context("spawn")
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(rank, self.size, port, theirs), daemon=True)
+            process = context.Process(target=serve, args=(rank, self.size, port, self.device, theirs), daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -78,17 +79,18 @@ def _answer(pipe: Connection) -> tuple[str, Any]:
         return "error", "the process was killed"
 
 
-def serve(rank: int, size: int, port: int, pipe: Connection) -> None:
-    """What a rank does until it is ended; it finds no compiler, as on a machine that has none."""
+def serve(rank: int, size: int, port: int, device: Device, pipe: Connection) -> None:
+    """What a rank does until it is ended; on CPU it finds no compiler, as on a machine that has none."""
+    if device is Device.cpu:
+        os.environ |= {"PATH": "", "TORCH_EXTENSIONS_DIR": NO_EXTENSIONS}
     os.environ |= {
-        "PATH": "", "TORCH_EXTENSIONS_DIR": NO_EXTENSIONS,
         "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     import torch
 
     torch.set_num_threads(1)
-    world = distributed.start(Device.cpu)
+    world = distributed.start(device)
     while True:
         try:
             path, name, arguments = pipe.recv()
