@@ -1,0 +1,54 @@
+"""The published connector: the same stack of layers with attention spelled out as two einsums and a softmax."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from anchorformer.connectors.blocks import CrossAttention
+from anchorformer.contracts import Anchors, VisionFeatures
+
+
+class PublishedConnector(nn.Module):
+    """Runs on the very parameters of a connector of ours, an `AnchorFormerConnector` or a `Resampler`.
+
+    Source: the resampler of AnchorFormer's release (after Flamingo, arXiv 2204.14198).
+    """
+
+    def __init__(self, connector: nn.Module) -> None:
+        super().__init__()
+        self.connector = connector
+
+    def forward(self, anchors: Anchors, features: VisionFeatures) -> Tensor:
+        """Embeddings (B, T, D), from anchors (B, T, V) and tokens (B, N, V)."""
+        parts = self.connector
+        dtype = parts.norm.weight.dtype
+        media_BNV = features.tokens_BNV.to(dtype)
+        learned = getattr(parts, "queries_TV", None)
+        x_BTV = anchors.tokens_BTV.to(dtype) if learned is None else learned.repeat(media_BNV.shape[0], 1, 1)
+        for layer in parts.layers:
+            x_BTV = attention(layer.cross, x_BTV, media_BNV) + x_BTV
+            x_BTV = feed_forward(layer.ff, x_BTV) + x_BTV
+        return cast(Tensor, parts.projector(parts.norm(x_BTV)))
+
+
+def attention(parts: CrossAttention, queries_BTV: Tensor, media_BNV: Tensor) -> Tensor:
+    """softmax(q k^T) v with the (B, H, T, N) scores as tensors; q is scaled, heads are copied into place."""
+    media = parts.norm_media(media_BNV)
+    queries = parts.norm_queries(queries_BTV)
+    key, value = parts.to_kv(media).chunk(2, dim=-1)
+
+    def heads(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, parts.head_width)).transpose(1, 2).contiguous()
+
+    query_BHTK, key_BHNK, value_BHNK = heads(parts.to_q(queries)), heads(key), heads(value)
+    scores = torch.einsum("bhtk,bhnk->bhtn", query_BHTK * parts.head_width**-0.5, key_BHNK)
+    out = torch.einsum("bhtn,bhnk->bhtk", scores.softmax(dim=-1), value_BHNK)
+    return cast(Tensor, parts.to_out(out.transpose(1, 2).flatten(2)))
+
+
+def feed_forward(parts: nn.Module, x_BTV: Tensor) -> Tensor:
+    """LayerNorm, Linear, GELU, Linear, one after the other."""
+    return cast(Tensor, parts.down(nn.functional.gelu(parts.up(parts.norm(x_BTV)))))
