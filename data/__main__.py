@@ -10,12 +10,13 @@ from anchorformer.errors import UserError, run_guarded
 from anchorformer.schema import parse
 from data.folders import processor_folder
 from data.mixture import open_sources
-from data.overrides import HELP, check_keys, check_option, compose, defaults, listed, options, read
+from data.overrides import CommandLine, options
 from data.scan_config import ScanConfig
+from data.usage import HELP, defaults, listed
 
 VERB = "scan"
 
-REMEDY = "correct the override; `python -m data --help` lists the keys"
+COMMAND_LINE = CommandLine(command="python -m data scan", config="scan", schema=ScanConfig)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -59,22 +60,10 @@ def compose_scan(overrides: Sequence[str]) -> ScanConfig:
     """The checked config from conf/scan.yaml and the command line.
 
     Raises:
-        UserError: an override that cannot be read, a group or key that does not exist, a value missing or of the wrong
-            type.
+        UserError: what `CommandLine` raises, or a value of the wrong type.
     """
-    parsed = read(overrides, REMEDY)
-    check_keys(parsed, ScanConfig, ["data"], REMEDY)
-    chosen = [str(override.value()) for override in parsed if override.key_or_group == "data"]
-    if not chosen:
-        raise UserError(
-            "no data is chosen",
-            found=" ".join(overrides) or "no overrides",
-            expected=f"data= with one of {', '.join(options('data'))}",
-            remedy="e.g. python -m data scan data=miniworld_align data.root=... processor=...",
-        )
-    for name in chosen:
-        check_option("data", name, options("data"), "name a file of conf/data")
-    return parse(ScanConfig, compose("scan", parsed, ["data"]), "python -m data scan", REMEDY)
+    composed = COMMAND_LINE.compose(COMMAND_LINE.read(overrides))
+    return parse(ScanConfig, composed, COMMAND_LINE.command, COMMAND_LINE.remedy)
 
 
 def usage() -> str:

@@ -12,27 +12,26 @@ from pathlib import Path
 from anchorformer.errors import run_guarded
 from anchorformer.schema import parse
 from data.folders import model_folder
-from data.overrides import CONF, HELP, Override, check_keys, check_option, compose, defaults, listed, options, read
+from data.overrides import CONF, CommandLine, Override, check_option, options, values
+from data.usage import HELP, defaults, listed
 from evals.config import Condition, EvalConfig
 from evals.prepare import prepare
 
-REMEDY = "correct the override; `python -m evals --help` lists the tasks and keys"
+COMMAND_LINE = CommandLine(command="python -m evals", config="evals", schema=EvalConfig, keys=("task",))
 
 
 def compose_config(overrides: Sequence[str]) -> EvalConfig:
     """The command line as a checked config: the tasks it names are taken from conf/eval.
 
     Raises:
-        UserError: an override that cannot be read, an unknown key or task, a value that is missing or of a wrong type.
+        UserError: what `CommandLine` raises, an unknown task, or a value of the wrong type.
     """
-    parsed = read(overrides, REMEDY)
-    check_keys(parsed, EvalConfig, ["task"], REMEDY)
-    tasks = [f"+eval@tasks.{name}={name}" for name in _chosen(parsed)]
-    composed = compose("evals", parsed, (), tasks)
+    parsed = COMMAND_LINE.read(overrides)
+    composed = COMMAND_LINE.compose(parsed, [f"+eval@tasks.{name}={name}" for name in _chosen(parsed)])
     del composed["task"]
     if isinstance(composed["conditions"], str):  # one may be named without brackets, as one task may
         composed["conditions"] = [composed["conditions"]]
-    return parse(EvalConfig, composed, "python -m evals", REMEDY)
+    return parse(EvalConfig, composed, COMMAND_LINE.command, COMMAND_LINE.remedy)
 
 
 def usage() -> str:
@@ -71,9 +70,8 @@ def main() -> int:
 
 
 def _chosen(overrides: Sequence[Override]) -> list[str]:
-    values = [item.value() for item in overrides if item.key_or_group == "task"]
-    names = values[-1] if values else []
-    names = [str(name) for name in (names if isinstance(names, list) else [names])]
+    chosen = [item for item in overrides if item.key_or_group == "task"]
+    names = values(chosen[-1]) if chosen else []
     for name in names:
         check_option("task", name, options("eval"), "name a file of conf/eval; a task of your own is one YAML there")
     return names

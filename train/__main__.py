@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from anchorformer.errors import UserError, run_guarded
-from train.compose import read_groups
+from train.compose import COMMAND_LINE
 
 VERBS = Path(__file__).parent / "verbs"
 DEFAULT = "run"
@@ -46,7 +46,8 @@ def usage() -> str:
     docs = {name: ast.get_docstring(ast.parse((VERBS / f"{name}.py").read_text())) or "" for name in verbs()}
     lines = ["usage: python -m train [VERB] [group=option ...] [key=value ...]", "", "verbs:"]
     lines += [f"  {name:12} {text.splitlines()[0]}" for name, text in docs.items()]
-    lines += ["", "config groups:", *(f"  {name:12} {', '.join(options)}" for name, options in read_groups().items())]
+    groups = COMMAND_LINE.groups.items()
+    lines += ["", "config groups:", *(f"  {name:12} {', '.join(options)}" for name, options in groups)]
     lines += ["", "keys: python -m train --cfg stage=align ... prints the composed config"]
     return "\n".join(lines)
 
