@@ -35,16 +35,17 @@ class PublishedConnector(nn.Module):
 
 
 def attention(parts: CrossAttention, queries_BTV: Tensor, media_BNV: Tensor) -> Tensor:
-    """softmax(q k^T) v with the (B, H, T, N) scores as tensors; q is scaled, heads are copied into place."""
+    """softmax(q k^T) v with the (B, H, T, N) scores as tensors: scaled queries, largest score taken off, softmax."""
     media = parts.norm_media(media_BNV)
     queries = parts.norm_queries(queries_BTV)
     key, value = parts.to_kv(media).chunk(2, dim=-1)
 
     def heads(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, parts.head_width)).transpose(1, 2).contiguous()
+        return x.unflatten(-1, (-1, parts.head_width)).transpose(1, 2)
 
     query_BHTK, key_BHNK, value_BHNK = heads(parts.to_q(queries)), heads(key), heads(value)
     scores = torch.einsum("bhtk,bhnk->bhtn", query_BHTK * parts.head_width**-0.5, key_BHNK)
+    scores = scores - scores.amax(dim=-1, keepdim=True).detach()
     out = torch.einsum("bhtn,bhnk->bhtk", scores.softmax(dim=-1), value_BHNK)
     return cast(Tensor, parts.to_out(out.transpose(1, 2).flatten(2)))
 
