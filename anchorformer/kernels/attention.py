@@ -5,7 +5,7 @@ Shapes: B images or rows, S query positions, T key positions, H query heads, h k
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +14,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from anchorformer.errors import UserError
+from anchorformer.kernels import varlen
 from anchorformer.kernels.backend import Backend, choose
 
 VISION_ATTENTION = "anchorformer_vision"
 TEXT_ATTENTION = "anchorformer_text"
+
+VARLEN = {Backend.flash_attn: varlen.flash_attn, Backend.varlen: varlen.torch_varlen}
 
 _PARKS = "parks_cls_scores"
 _PARKED = "parked_cls_scores"
@@ -49,6 +52,10 @@ def attend(
     backend = backend or choose(query_BHSK.device, query_BHSK.dtype, longest, query_BHSK.shape[3], flat=False)
     if backend is Backend.matmul:
         return _matmul(query_BHSK, key_BhTK, value_BhTK, scale, causal, mask, dropout)
+    groups = query_BHSK.shape[1] // key_BhTK.shape[1]
+    if groups > 1 and not _shares_key_heads(query_BHSK, key_BhTK, causal, mask):
+        key_BhTK, value_BhTK = key_BhTK.repeat_interleave(groups, 1), value_BhTK.repeat_interleave(groups, 1)
+        groups = 1
     out_BHSK = F.scaled_dot_product_attention(
         query_BHSK,
         key_BhTK,
@@ -57,7 +64,7 @@ def attend(
         dropout_p=dropout,
         is_causal=causal,
         scale=scale,
-        enable_gqa=query_BHSK.shape[1] != key_BhTK.shape[1],
+        enable_gqa=groups > 1,
     )
     return out_BHSK.transpose(1, 2).contiguous()
 
@@ -84,8 +91,11 @@ def attend_flat(
     query_1HSK, key_1hSK, value_1hSK = _one_dtype(query_1HSK, key_1hSK, value_1hSK)
     positions, width = query_1HSK.shape[2:]
     backend = choose(query_1HSK.device, query_1HSK.dtype, max_seqlen, width, flat=True)
-    if backend is Backend.varlen:
-        return _varlen(query_1HSK, key_1hSK, value_1hSK, scale, cu_seqlens, max_seqlen, dropout)
+    if backend in VARLEN:
+        query_SHK, key_ShK, value_ShK = (x[0].transpose(0, 1) for x in (query_1HSK, key_1hSK, value_1hSK))
+        return VARLEN[backend](
+            query_SHK, key_ShK, value_ShK, scale=scale, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, dropout=dropout
+        ).unsqueeze(0)
     samples = cu_seqlens.numel() - 1
     if samples * max_seqlen == positions:  # all samples equally long: the row already is the rectangle
         to_rectangle = back = None
@@ -244,38 +254,16 @@ def _matmul(
     return out.view(batch, heads, num_queries, width).transpose(1, 2).contiguous()
 
 
-def _varlen(
-    query_1HSK: Tensor,
-    key_1hSK: Tensor,
-    value_1hSK: Tensor,
-    scale: float,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    dropout: float,
-) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
+def _shares_key_heads(query_BHSK: Tensor, key_BhTK: Tensor, causal: bool, mask: Tensor | None) -> bool:
+    """Whether torch can run this case fused with fewer key heads than query heads.
 
-    if dropout > 0:
-        raise UserError(
-            "the varlen kernel has no attention dropout",
-            found=f"attention_dropout={dropout}",
-            expected="attention_dropout=0",
-            remedy="set attention_dropout to 0 in the language model's config.json",
-        )
-    query, key, value = (x[0].transpose(0, 1) for x in (query_1HSK, key_1hSK, value_1hSK))
-    out = varlen_attn(
-        query,
-        key,
-        value,
-        cu_seqlens,
-        cu_seqlens,
-        max_seqlen,
-        max_seqlen,
-        scale=scale,
-        window_size=(-1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return cast(Tensor, out).unsqueeze(0)
+    On CUDA only its flash kernel can, and that takes half precision, no mask, and causality for squares only; anything
+    else with shared key heads would silently build the matrix of scores.
+    """
+    if not query_BHSK.is_cuda:
+        return True
+    is_half = query_BHSK.dtype in (torch.bfloat16, torch.float16)
+    return is_half and mask is None and not (causal and query_BHSK.shape[2] != key_BhTK.shape[2])
 
 
 def _rectangle_indices(cu_seqlens: Tensor, max_seqlen: int, positions: int) -> tuple[Tensor, Tensor]:

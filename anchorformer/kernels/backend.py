@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from enum import Enum
 from functools import cache
 
 import torch
 
+from anchorformer.kernels import varlen
+
 logger = logging.getLogger(__name__)
 
 
 class Backend(str, Enum):
-    """The three ways to compute attention; all give the same result within rounding."""
+    """The ways to compute attention; all give the same result within rounding."""
 
     matmul = "matmul"
     """Scores as one tensor, softmax, product: the plain twin, and the fastest on CPU at small sizes."""
@@ -21,6 +22,8 @@ class Backend(str, Enum):
     """torch's fused scaled_dot_product_attention: no score tensor."""
     varlen = "varlen"
     """torch.nn.attention.varlen over cu_seqlens: no padding and no score tensor, CUDA half precision only."""
+    flash_attn = "flash-attn"
+    """The same by the flash-attn wheel, where it is installed."""
 
 
 LARGEST_MATMUL_POSITIONS = {torch.bfloat16: 640}
@@ -43,10 +46,8 @@ def choose(device: torch.device, dtype: torch.dtype, num_positions: int, head_wi
     if device.type == "cuda":
         if not flat:
             return _log(Backend.sdpa, device, dtype, "fused on CUDA at every size")
-        obstacle = varlen_obstacle(dtype, head_width)
-        if obstacle is None:
-            return _log(Backend.varlen, device, dtype, "flat rows need no padding")
-        return _log(Backend.sdpa, device, dtype, f"flat rows padded to a rectangle, because {obstacle}")
+        backend, reason = _choose_flat_on_cuda(dtype, head_width)
+        return _log(backend, device, dtype, reason)
     limit = LARGEST_MATMUL_POSITIONS.get(dtype)
     if limit is None:
         return _log(Backend.sdpa, device, dtype, "fastest on CPU in this dtype at every size")
@@ -61,21 +62,14 @@ def bf16_is_fast_on_cpu() -> bool:
 
 
 @cache
-def varlen_obstacle(dtype: torch.dtype, head_width: int) -> str | None:
-    """Why `varlen` cannot run here, or None; asked once per dtype and head width."""
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"the varlen kernel takes half precision, not {dtype}"
-    if head_width % 8 or head_width > 256:
-        return f"the varlen kernel takes head widths that 8 divides up to 256, not {head_width}"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return "the varlen kernel needs compute capability 8.0"
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return f"torch {torch.__version__} has no torch.nn.attention.varlen"
-    if not {"window_size", "enable_gqa", "scale"} <= set(inspect.signature(varlen_attn).parameters):
-        return f"varlen_attn of torch {torch.__version__} has an older signature"
-    return None
+def _choose_flat_on_cuda(dtype: torch.dtype, head_width: int) -> tuple[Backend, str]:
+    wheel = varlen.flash_attn_obstacle(dtype, head_width)
+    if wheel is None:
+        return Backend.flash_attn, "flat rows need no padding, and the wheel is installed"
+    own = varlen.torch_obstacle(dtype, head_width)
+    if own is None:
+        return Backend.varlen, f"flat rows need no padding; {wheel}"
+    return Backend.sdpa, f"flat rows padded to a rectangle, because {own}"
 
 
 def _log(backend: Backend, device: torch.device, dtype: torch.dtype, reason: str) -> Backend:

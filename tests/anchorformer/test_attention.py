@@ -126,38 +126,6 @@ def test_choice_is_a_function_of_device_dtype_and_size(caplog: pytest.LogCapture
     assert all("(" in record.getMessage() for record in caplog.records)
 
 
-def test_varlen_states_why_it_cannot_run() -> None:
-    assert "half precision" in str(backend_module.varlen_obstacle(torch.float32, 64))
-    assert "head widths" in str(backend_module.varlen_obstacle(torch.bfloat16, 60))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("groups", [1, 2])
-def test_varlen_error_is_at_most_twice_that_of_the_rectangle(groups: int) -> None:
-    """On CUDA the flat form runs on the varlen kernel; its twin is the padded rectangle in the same precision."""
-    lengths, width = [40, 7, 129], 64
-    torch.manual_seed(4)
-    query, key, value = _qkv(1, 2 * groups, 2, sum(lengths), sum(lengths), width)
-    expected = _plain(query, key, value, _allowed_flat(lengths))
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
-    assert choose(torch.device("cuda"), torch.bfloat16, 129, width, flat=True) is Backend.varlen
-
-    def error(dtype: torch.dtype, device: str) -> Tensor:
-        tensors = [x.to(device, dtype) for x in (query, key, value)]
-        out = attend_flat(
-            tensors[0],
-            tensors[1],
-            tensors[2],
-            scale=width**-0.5,
-            cu_seqlens=cu_seqlens.to(device),
-            max_seqlen=max(lengths),
-        )
-        return (out.cpu().double() - expected).abs().max()
-
-    assert error(torch.float32, "cuda") < 1e-4
-    assert error(torch.bfloat16, "cuda") <= 2 * error(torch.bfloat16, "cpu")
-
-
 # --- language models -------------------------------------------------------------------------------------------------
 
 LENGTHS = [5, 11, 3]
