@@ -11,7 +11,7 @@ import numpy as np
 from anchorformer.errors import UserError
 from data.config import DataConfig, Overlength
 from data.encoder import Encoder, turns_of
-from data.lengths import UNUSABLE, measure, measure_shortened
+from data.lengths import UNUSABLE, Lengths, measure, measure_shortened
 from data.sources.base import Source
 
 NAMED = 5
@@ -42,13 +42,13 @@ def admit(source: Source, encoder: Encoder, encoder_fingerprint: str, config: Da
     Raises:
         UserError: a record that the processor refuses, or (`overlength=error`) one that is too long; named by id.
     """
-    max_length, cache_dir = config.max_length, Path(config.cache_dir)
-    lengths = measure(source, encoder, encoder_fingerprint, cache_dir)
+    max_length = config.max_length
+    lengths = measure(source, encoder, encoder_fingerprint, Path(config.cache_dir))
     tokens = np.array(lengths.tokens)
     for index in np.flatnonzero(tokens == UNUSABLE)[:1]:
         explain(source, encoder, int(index))
     without_targets = np.flatnonzero(lengths.supervised == 0)
-    long = np.flatnonzero((tokens > max_length) & (lengths.supervised > 0))
+    long = _long(lengths, max_length)
     if len(long) and config.overlength is Overlength.error:
         shown = ", ".join(f"{source.name}/{source[int(i)].id} ({tokens[i]})" for i in long[:NAMED])
         raise UserError(
@@ -57,13 +57,32 @@ def admit(source: Source, encoder: Encoder, encoder_fingerprint: str, config: Da
             expected=f"at most {max_length}",
             remedy="raise data.max_length, or choose data.overlength=drop or truncate_answer",
         )
-    if len(long) and config.overlength is Overlength.truncate_answer:
-        left = measure_shortened(source, encoder, encoder_fingerprint, cache_dir, long, max_length)
-        fits = (left.tokens <= max_length) & (left.supervised > 0)
-        tokens[long[fits]] = left.tokens[fits]
-        long = long[~fits]
+    if config.overlength is Overlength.truncate_answer:
+        short, left = shortened(source, encoder, encoder_fingerprint, config, lengths)
+        tokens[short] = left
+        long = np.setdiff1d(long, short, assume_unique=True)
     kept = np.setdiff1d(np.arange(len(tokens)), np.concatenate([long, without_targets]), assume_unique=True)
     return Admission(kept, tokens[kept], long, without_targets)
+
+
+def shortened(
+    source: Source, encoder: Encoder, encoder_fingerprint: str, config: DataConfig, lengths: Lengths
+) -> tuple[np.ndarray, np.ndarray]:
+    """What `truncate_answer` makes of the over-length records.
+
+    Args:
+        lengths: of `source`, with nothing cut.
+
+    Returns:
+        int64 numbers of those that fit when the end of an answer is cut, ascending, and int32 positions that each of
+        them has then; the others would lose an anchor or every target.
+    """
+    long = _long(lengths, config.max_length)
+    if len(long) == 0:
+        return long, lengths.tokens[long]
+    left = measure_shortened(source, encoder, encoder_fingerprint, Path(config.cache_dir), long, config.max_length)
+    fits = (left.tokens <= config.max_length) & (left.supervised > 0)
+    return long[fits], left.tokens[fits]
 
 
 def check_share(sources: Sequence[Source], admissions: Sequence[Admission], ceiling: float) -> None:
@@ -108,10 +127,5 @@ def explain(source: Source, encoder: Encoder, index: int) -> None:
         ) from None
 
 
-def shortened_length(source: Source, encoder: Encoder, index: int, max_length: int) -> int | None:
-    """Length after the end of an answer is cut, or None where nothing to learn or not every anchor would be left."""
-    record = source[index]
-    length, supervised = encoder.measure(
-        turns_of(record), len(record.images), max_length=max_length, overlength=Overlength.truncate_answer.value
-    )
-    return length if length <= max_length and supervised else None
+def _long(lengths: Lengths, max_length: int) -> np.ndarray:
+    return np.flatnonzero((lengths.tokens > max_length) & (lengths.supervised > 0))

@@ -31,8 +31,8 @@ class Mixture:
         num_dropped: records left out because they are too long or have no targets.
 
     Raises:
-        UserError: no source, a folder that is missing, what a source or the over-length rule raises, more records left
-            out than `max_dropped_share` allows, or weights that leave an epoch without any sample.
+        UserError: what `open_sources` or the over-length rule raises, more records left out than `max_dropped_share`
+            allows, or a source of which an epoch holds no record.
     """
 
     def __init__(self, config: DataConfig, processor: Encoder) -> None:
@@ -45,14 +45,14 @@ class Mixture:
             admissions.append(admit(source, processor, self._encoder_fingerprint, config))
         check_share(self.sources, admissions, config.max_dropped_share)
         self._kept = tuple(admission.kept for admission in admissions)
-        if len(self) == 0:
-            held = zip(self.sources, self._weights, self._kept, strict=True)
-            raise UserError(
-                "an epoch of this mixture holds no sample",
-                found=", ".join(f"{source.name}: weight {weight:g} of {len(kept)}" for source, weight, kept in held),
-                expected="at least one record times its source's weight, rounded",
-                remedy="raise data.sources.<name>.weight; it is passes per epoch, not a share",
-            )
+        for source, weight, kept in zip(self.sources, self._weights, self._kept, strict=True):
+            if _share(len(kept), weight) == 0:
+                raise UserError(
+                    f"an epoch holds no sample of {source.name}",
+                    found=f"{source.name}: weight {weight:g} of {len(kept)} records that can be used",
+                    expected="at least one, when the product is rounded",
+                    remedy=f"raise data.sources.{source.name}.weight (passes per epoch, not a share); 0 leaves it out",
+                )
         self._ends = np.cumsum([len(kept) for kept in self._kept])
         self.tokens = np.concatenate([admission.tokens for admission in admissions])
         self.num_dropped = sum(len(item.too_long) + len(item.without_targets) for item in admissions)
@@ -118,27 +118,20 @@ def open_sources(config: DataConfig) -> list[tuple[Source, float]]:
     """Opens every source that has a weight, in the order of their names.
 
     Raises:
-        UserError: `data.root` is missing, no source has a weight, a weight is negative, or what a source raises.
+        UserError: `data.root` is missing, no source has a weight, or what a source or its config raises.
     """
     root = Path(config.root)
     if not root.is_dir():
         raise UserError(
-            "data.root is no folder",
-            found=config.root,
+            "data.root is not a folder",
+            found=f"{root} ({'a file' if root.exists() else 'nothing there'})",
             expected="the folder that the sources' paths start from",
-            remedy="set data.root=/path/to/data",
+            remedy="set data.root=/path/to/your/data",
         )
     opened: list[tuple[Source, float]] = []
     for name, spec in sorted(config.sources.items()):
         place = f"data.sources.{name}"
         source = parse_plugin(SourceConfig, spec, PACKAGE, place, f"correct {place} on the command line or in its YAML")
-        if source.weight < 0:
-            raise UserError(
-                f"data.sources.{name}.weight is negative",
-                found=source.weight,
-                expected="passes per epoch, 0 or more",
-                remedy=f"set data.sources.{name}.weight=1",
-            )
         if source.weight > 0:
             opened.append((source.open(name, root, Path(config.cache_dir)), source.weight))
     if not opened:

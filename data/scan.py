@@ -17,7 +17,7 @@ from tqdm import tqdm
 from anchorformer.contracts import IGNORE_INDEX
 from anchorformer.errors import UserError
 from anchorformer.processing import AnchorFormerProcessor
-from data.admission import explain, shortened_length
+from data.admission import explain, shortened
 from data.config import DataConfig, Overlength
 from data.encoder import fingerprint, turns_of
 from data.examine import Defect, Finding, examine_image, examine_record
@@ -119,7 +119,11 @@ def samples(config: ScanConfig, processor: AnchorFormerProcessor) -> Iterator[st
 
 
 def _texts(source: Source, processor: AnchorFormerProcessor, config: DataConfig) -> Iterator[tuple[int, Finding]]:
-    lengths = measure(source, processor, fingerprint(processor), Path(config.cache_dir))
+    encoder_fingerprint = fingerprint(processor)
+    lengths = measure(source, processor, encoder_fingerprint, Path(config.cache_dir))
+    short: set[int] = set()
+    if config.overlength is Overlength.truncate_answer:
+        short.update(shortened(source, processor, encoder_fingerprint, config, lengths)[0].tolist())
     for index in tqdm(range(len(source)), desc=f"records of {source.name}", unit=" records", delay=2, mininterval=0.5):
         findings = examine_record(source[index])
         tokens, supervised = int(lengths.tokens[index]), int(lengths.supervised[index])
@@ -129,9 +133,7 @@ def _texts(source: Source, processor: AnchorFormerProcessor, config: DataConfig)
             findings.append(Finding(Defect.no_targets, f"{tokens} positions"))
         if tokens > config.max_length:
             detail = f"{tokens} of {config.max_length} positions"
-            cut = config.overlength is Overlength.truncate_answer and supervised > 0
-            fits = cut and shortened_length(source, processor, index, config.max_length) is not None
-            findings.append(Finding(Defect.shortened if fits else Defect.too_long, detail))
+            findings.append(Finding(Defect.shortened if index in short else Defect.too_long, detail))
         yield from ((index, finding) for finding in findings)
 
 

@@ -21,8 +21,7 @@ import yaml
 
 from anchorformer.errors import UserError
 from anchorformer.schema import parse_plugin, plugin_to_plain, to_plain
-from data.sources.base import PACKAGE as SOURCES
-from data.sources.base import SourceConfig
+from data.mixture import Mixture, open_sources
 from train.compose import ROOT
 from train.config import RunConfig
 from train.folder import RunFolder, write_atomically
@@ -107,12 +106,6 @@ def is_done(config: RunConfig) -> bool:
 
 def check_files(config: RunConfig) -> None:
     """Opens what the config names on disk; the sources' annotations are parsed here once, for all ranks."""
-    root = Path(config.data.root)
-    if not root.is_dir():
-        raise UserError(
-            "data.root is not a folder", found=f"{root} ({'a file' if root.exists() else 'nothing there'})",
-            expected="the folder that the sources' paths start from", remedy="set data.root=/path/to/your/data",
-        )  # fmt: skip
     if config.init_from:
         resolve_model(config.init_from, Path(config.output_root))
     if config.resume not in ("never", "auto") and not Path(config.resume).is_dir():
@@ -120,10 +113,7 @@ def check_files(config: RunConfig) -> None:
             "resume names no checkpoint", found=f"resume={config.resume}",
             expected="never, auto, or a folder under <run>/state/", remedy="use resume=auto for the newest one",
         )  # fmt: skip
-    for name, spec in config.data.sources.items():
-        source = parse_plugin(SourceConfig, spec, SOURCES, f"data.sources.{name}")
-        if source.weight > 0:
-            source.open(name, root, Path(config.data.cache_dir))
+    open_sources(config.data)
 
 
 def check_parts(config: RunConfig) -> RunConfig:
@@ -183,7 +173,6 @@ def check_samples(config: RunConfig, start: Path) -> None:
     from transformers import AutoProcessor
 
     import anchorformer.auto  # noqa: F401 (makes the processor known to transformers)
-    from data.mixture import Mixture
 
     processor = AutoProcessor.from_pretrained(start, local_files_only=True)
     Mixture(config.data, processor.with_template(config.stage.template))

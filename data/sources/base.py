@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Protocol
+
+from pydantic import Field
 
 from anchorformer.schema import Schema
 from data.record import Record
@@ -32,8 +34,8 @@ class Source(Protocol):
 class SourceConfig(Schema):
     """Base of all source configs; a new dataset subclasses it beside its reader and adds one YAML."""
 
-    weight: float = 1.0
-    """Passes over this source per epoch of the mixture."""
+    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """Passes over this source per epoch of the mixture; 0 leaves it out."""
 
     def open(self, name: str, root: Path, cache_dir: Path) -> Source:
         """Reads the annotations (once; an Arrow copy is kept in `cache_dir`).

@@ -179,16 +179,17 @@ def test_weights_are_passes_per_epoch(filled: Any, processor: AnchorFormerProces
     assert not np.array_equal(mixture.epoch(0, seed=4), mixture.epoch(0, seed=5))
 
 
-def test_an_epoch_without_samples_is_refused(filled: Any, processor: AnchorFormerProcessor) -> None:
-    sources = {"tiny": {**filled.write(), "weight": 0.01}}
-    with pytest.raises(UserError, match="holds no sample") as caught:
+def test_a_source_that_gives_an_epoch_nothing_is_refused(filled: Any, processor: AnchorFormerProcessor) -> None:
+    sources = {"tiny": {**filled.write(), "weight": 0.01}, "whole": filled.write()}
+    with pytest.raises(UserError, match="holds no sample of tiny") as caught:
         Mixture(filled.config(sources=sources), processor)
     assert "tiny: weight 0.01 of 12" in caught.value.found
 
 
 @pytest.mark.parametrize(("change", "expected"), [
     ({"root": "/no/such/folder"}, "data.root"),
-    ({"sources": {"own": {**LLAVA, "annotations": "x", "weight": -1}}}, "negative"),
+    ({"sources": {"own": {**LLAVA, "annotations": "x", "weight": -1}}}, "weight=-1"),
+    ({"sources": {"own": {**LLAVA, "annotations": "x", "weight": float("nan")}}}, "weight=nan"),
     ({"sources": {"own": {**LLAVA, "annotations": "x", "weight": 0}}}, "nothing"),
     ({"sources": {"own": {**LLAVA, "annotation": "x"}}}, "do not fit"),
     ({"sources": {"own": {"_target_": "os.path.join"}}}, "does not name"),

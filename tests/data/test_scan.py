@@ -106,6 +106,7 @@ def test_truncation_is_a_note_where_the_rule_allows_it(ward: Any, processor: Anc
     config = ScanConfig(data=ward.config(max_length=100, overlength="truncate_answer"), processor="unused")
     found = {(name, finding.defect) for _, name, finding in scan(config, processor).findings}
     assert found == EXPECTED - {("long", Defect.too_long)} | {("long", Defect.shortened)}
+    assert list(Path(config.data.cache_dir).glob("*-truncate_answer-100.lengths.npy")), "counted as training counts"
 
 
 def test_a_null_image_under_a_placeholder(processor: AnchorFormerProcessor, tmp_path: Path) -> None:

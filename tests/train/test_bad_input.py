@@ -84,6 +84,14 @@ def source_name(world: World) -> None:
     world.overrides.append("data.sources.llava.weight=2")
 
 
+def negative_weight(world: World) -> None:
+    world.overrides.append("data.sources.llava_558k.weight=-1")
+
+
+def weight_of_no_record(world: World) -> None:
+    world.overrides.append("data.sources.llava_558k.weight=0.1")
+
+
 def missing_root(world: World) -> None:
     world.overrides.append(f"data.root={world.folder}/nowhere")
 
@@ -175,6 +183,8 @@ CASES = [
     (unknown_stage, ["'pretrain'", "align, finetune"]),
     (source_field, ["wieght", "'weight'?"]),
     (source_name, ["data.sources.llava", "_target_"]),
+    (negative_weight, ["data.sources.llava_558k", "weight=-1", "greater than or equal to 0"]),
+    (weight_of_no_record, ["llava_558k: weight 0.1 of 3"]),
     (missing_root, ["data.root", "nothing there"]),
     (missing_file, ["captions.json"]),
     (wrong_layout, ["train_v1.0.json"]),
