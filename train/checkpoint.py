@@ -56,11 +56,12 @@ def numbers_digest(config: RunConfig) -> str:
     That is logging, saving, names, and what happens to bad images: who meets one on the way must be able to go on.
     """
     plain = to_plain(config)
-    for key in ("run", "log", "checkpoint", "resume", "output_root"):
+    for key in ("run", "log", "checkpoint", "watchdog", "repro", "resume", "output_root"):
         del plain[key]
     for key in ("num_workers", "cache_dir", "on_bad_image", "max_dropped_share"):
         del plain["data"][key]
-    del plain["hardware"]["threads"]
+    for key in ("threads", "max_restarts"):
+        del plain["hardware"][key]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 

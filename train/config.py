@@ -53,6 +53,15 @@ class Device(str, Enum):
     cuda = "cuda"
 
 
+class Repro(str, Enum):
+    """How far two runs of one config on one machine agree."""
+
+    fast = "fast"
+    """To the bit on CPU; on CUDA some backward passes add in an order that changes from run to run."""
+    strict = "strict"
+    """To the bit on CUDA too; an operation without a deterministic form ends the run, by name."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PartConfig(Schema):
     """How a stage trains one part; a part that is not listed is frozen."""
@@ -125,6 +134,8 @@ class HardwareConfig(Schema):
     """`auto` is bf16 on CUDA; on CPU it follows the model's size and what the CPU can do, and is logged."""
     threads: NotNegative = 0
     """CPU threads per rank; 0 divides the cores by the ranks."""
+    max_restarts: NotNegative = 0
+    """How often all ranks are started again, from the newest checkpoint, after one crashed, hung or was killed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +153,23 @@ class CheckpointConfig(Schema):
 
 
 @dataclass(frozen=True, kw_only=True)
+class WatchdogConfig(Schema):
+    """How long a run may stand still before it says who holds it up and ends."""
+
+    startup_seconds: Positive = 1800.0
+    """Longest for one phase outside of steps (loading, saving, exporting) and for any phase of the first step."""
+    step_seconds: Positive = 600.0
+    """Longest for one phase of a step: its data, the exchange of facts, forward and backward, the update."""
+    shutdown_seconds: Count = 300
+    """Longest from a signal to the end by force; has to cover what is left of a step, and a save."""
+
+    @property
+    def collective_seconds(self) -> float:
+        """Longest wait in a collective; behind the watchdog, which knows more about the ranks than a collective does."""
+        return 1.5 * max(self.startup_seconds, self.step_seconds)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig(Schema):
     """Everything that decides a run; written to `checkpoints/<run>/config.yaml`, and all that ranks ever see."""
 
@@ -154,8 +182,10 @@ class RunConfig(Schema):
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     log: LogConfig = field(default_factory=LogConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     engine: EngineName = EngineName.deepspeed
     seed: NotNegative = 0
+    repro: Repro = Repro.fast
     init_from: str | None = None
     """Run or model folder to start from; required by finetune, while align assembles a fresh model without it."""
     resume: str = "never"
