@@ -165,7 +165,7 @@ class WatchdogConfig(Schema):
 
     @property
     def collective_seconds(self) -> float:
-        """Longest wait in a collective; behind the watchdog, which knows more about the ranks than a collective does."""
+        """Longest wait in a collective; behind the watchdog, which can tell more about the ranks."""
         return 1.5 * max(self.startup_seconds, self.step_seconds)
 
 

@@ -50,6 +50,16 @@ class RunFolder:
         """Why the run stopped, as JSON with `exit_code` and `message`; torchrun's own exit code does not tell."""
         return self.path / "HALTED.json"
 
+    @property
+    def interrupted(self) -> Path:
+        """Exists when a signal stopped the run and its state is saved; removed when the run is resumed."""
+        return self.path / "INTERRUPTED"
+
+    @property
+    def black_boxes(self) -> Path:
+        """Where each rank leaves what it was at: `now_<r>.json` as long as it lives, `rank_<r>.json` when it fails."""
+        return self.path / "black_box"
+
     def log(self, rank: int) -> Path:
         return self.path / "logs" / f"rank_{rank}.log"
 
