@@ -53,6 +53,24 @@ class Device(str, Enum):
     cuda = "cuda"
 
 
+class Checkpointing(str, Enum):
+    """Whether the language model's layers are computed a second time in backward instead of being kept."""
+
+    auto = "auto"
+    """Only where the memory of the card makes it necessary (`train.plan`)."""
+    on = "on"
+    off = "off"
+
+
+class Kernels(str, Enum):
+    """Which form of the fused operations runs."""
+
+    auto = "auto"
+    """Triton on CUDA, PyTorch elsewhere; the reason is logged."""
+    torch = "torch"
+    triton = "triton"
+
+
 class Repro(str, Enum):
     """How far two runs of one config on one machine agree."""
 
@@ -108,6 +126,8 @@ class ModelConfig(Schema):
     """Plug-in of `anchorformer.selectors`."""
     connector: dict[str, Any]
     """Plug-in of `anchorformer.connectors`."""
+    published: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Hub id -> what its config.json says of its shape, for plans made before it is downloaded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +156,16 @@ class HardwareConfig(Schema):
     """CPU threads per rank; 0 divides the cores by the ranks."""
     max_restarts: NotNegative = 0
     """How often all ranks are started again, from the newest checkpoint, after one crashed, hung or was killed."""
+    card: str | None = None
+    """Name of the accelerator, as in `train/plan/cards.py`: says its memory and its peak."""
+    memory_gb: Positive | None = None
+    """Memory of one card in GB, where it is not what `card` says; with either, the positions of a micro-batch
+    (`data.token_budget`) and activation checkpointing are planned before the run starts, where they are left open."""
+    activation_checkpointing: Checkpointing = Checkpointing.auto
+    """Of the language model, non-reentrant; `auto` without a known memory is `off`."""
+    compile: tuple[Part, ...] = ()
+    """Parts that run through torch.compile; not under ZeRO-3."""
+    kernels: Kernels = Kernels.auto
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +240,7 @@ def check(config: RunConfig) -> None:
 
     Raises:
         UserError: global batch not divisible by ranks times micro-batch, both or none of epochs and max_steps, finetune
-            without `init_from`, unknown template or ZeRO stage.
+            without `init_from`, unknown template or ZeRO stage, compiled parts under ZeRO-3.
     """
     stage, hardware = config.stage, config.hardware
     share = config.world_size * hardware.micro_batch
@@ -240,6 +270,12 @@ def check(config: RunConfig) -> None:
         raise UserError(
             "zero.stage is unknown", found=config.zero.stage, expected="0, 1, 2 or 3", remedy="e.g. zero=zero2"
         )
+    if config.zero.stage == 3 and hardware.compile:
+        raise UserError(
+            "compiled parts do not go with ZeRO-3, which fetches weights by hooks inside of them",
+            found=f"hardware.compile={[part.value for part in hardware.compile]}, zero.stage=3",
+            expected="hardware.compile=[], or zero.stage up to 2", remedy="set hardware.compile=[]",
+        )  # fmt: skip
     if stage.template not in TEMPLATE_NAMES:
         raise UserError(
             "stage.template is unknown",
