@@ -26,7 +26,7 @@ class PublishedTower:
 
     @torch.no_grad()
     def __call__(self, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens of the tapped block (B, N, V) and its [CLS] attention probabilities (B, H, N), as cast by the tower."""
+        """Tokens of the tapped block (B, N, V) and its [CLS] probabilities (B, H, N), as cast by the tower."""
         pixels = pixels_B3HW.to(next(self.model.parameters()).dtype)
         out = self.model(pixels, output_hidden_states=True, output_attentions=True)
         return out.hidden_states[TAPPED], out.attentions[TAPPED][:, :, 0]
