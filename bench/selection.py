@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from anchorformer.selectors.anchor import select_anchors
+from anchorformer.kernels.selection import select_anchors
 from bench.published import selection as published
 from bench.runner import Row, Size, cpu_seconds
 

@@ -1,4 +1,4 @@
-"""What a benchmark run leaves behind: its rows with machine, versions, commit and command, as JSON, text or Markdown."""
+"""What a benchmark run leaves behind: rows with machine, versions, commit and command, as JSON, text or Markdown."""
 
 from __future__ import annotations
 

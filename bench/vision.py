@@ -12,8 +12,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from anchorformer.contracts import VisionNeeds
-from anchorformer.kernels.attention import VISION_ATTENTION, park_cls_scores, pop_cls_scores
-from anchorformer.selectors.anchor import select_anchors
+from anchorformer.kernels.selection import select_anchors
+from anchorformer.kernels.vision_attention import VISION_ATTENTION, park_cls_scores, pop_cls_scores
 from anchorformer.vision import VisionTower
 from bench.published.vision import PublishedBlock, PublishedTower
 from bench.runner import Row, Size, as_accurate, cpu_seconds, error, peak_bytes
