@@ -17,6 +17,7 @@ from anchorformer.errors import UserError
 from anchorformer.fusion import fuse
 from anchorformer.images import normalise
 from anchorformer.kernels.attention import TEXT_ATTENTION
+from anchorformer.lean import make_lean
 from anchorformer.schema import parse_plugin
 from anchorformer.selectors.base import SelectorConfig
 from anchorformer.vision import VisionTower
@@ -59,6 +60,7 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.language_model = AutoModelForCausalLM.from_config(
             config.text_config, attn_implementation=TEXT_ATTENTION, dtype=self.dtype_of(config)
         )
+        make_lean(self.language_model)
         num_anchors = selector.count(tower.num_tokens, tower.num_heads, tower.has_cls)
         self.num_image_tokens = connector.count(tower.num_tokens, num_anchors, tower.has_cls)
         """Embeddings, and so placeholders, per image."""

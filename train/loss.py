@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from anchorformer.contracts import Batch
+from anchorformer.kernels.cross_entropy import cross_entropy_sum
 
 
 def supervised_loss(forward: Callable[..., Any], batch: Batch, step_supervised: int) -> Tensor:
@@ -34,6 +34,5 @@ def supervised_loss(forward: Callable[..., Any], batch: Batch, step_supervised: 
         pixel_values=batch.tiles_B3HW,
         logits_to_keep=batch.predict_index_Q,
     )
-    logits_QC = out.logits[0].float()
     # The sum over no targets is 0 with a graph (the mean would be NaN): empty micro-batches need no case of their own.
-    return F.cross_entropy(logits_QC, batch.targets_Q, reduction="sum") / max(step_supervised, 1)
+    return cross_entropy_sum(out.logits[0], batch.targets_Q) / max(step_supervised, 1)

@@ -1,13 +1,16 @@
-"""Which attention backend runs where: the one place that decides, from device, dtype and size."""
+"""Which backend runs where: the one place that decides, from device, dtype and size."""
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import os
 from enum import Enum
 from functools import cache
 
 import torch
 
+from anchorformer.errors import UserError
 from anchorformer.kernels import varlen
 
 logger = logging.getLogger(__name__)
@@ -24,6 +27,15 @@ class Backend(str, Enum):
     """torch.nn.attention.varlen over cu_seqlens: no padding and no score tensor, CUDA half precision only."""
     flash_attn = "flash-attn"
     """The same by the flash-attn wheel, where it is installed."""
+
+
+class Kernels(str, Enum):
+    """Who computes what the anchors need: their selection, the [CLS] row, the tapped layer's attention."""
+
+    torch = "torch"
+    """Plain PyTorch: the twin, and the default where there is no CUDA."""
+    triton = "triton"
+    """This library's Triton kernels: the default on CUDA."""
 
 
 LARGEST_MATMUL_POSITIONS = {torch.bfloat16: 640}
@@ -56,9 +68,22 @@ def choose(device: torch.device, dtype: torch.dtype, num_positions: int, head_wi
     return _log(Backend.sdpa, device, dtype, f"rows of more than {limit} positions")
 
 
+def rows_run_on_liger(device: torch.device) -> bool:
+    """Whether what looks at one row at a time (RMSNorm, SwiGLU, RoPE) runs on Liger's kernels or on its plain twin."""
+    return device.type == "cuda" and _liger_is_chosen()
+
+
 def bf16_is_fast_on_cpu() -> bool:
     """Whether this CPU multiplies bf16 matrices in hardware (AVX-512-BF16 or AMX); fp32 is faster without."""
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@cache
+def _liger_is_chosen() -> bool:
+    is_installed = importlib.util.find_spec("liger_kernel") is not None
+    logger.info("norms, gates and rotations on cuda: %s", "liger" if is_installed else "torch (no liger_kernel here)")
+    return is_installed
 
 
 @cache
@@ -81,3 +106,82 @@ def _log(backend: Backend, device: torch.device, dtype: torch.dtype, reason: str
 @cache
 def _log_once(backend: Backend, device_type: str, dtype: torch.dtype, reason: str) -> None:
     logger.info("attention on %s in %s: %s (%s)", device_type, str(dtype).removeprefix("torch."), backend.value, reason)
+
+
+_asked_for = "auto"
+
+
+def use(kernels: str) -> None:
+    """Settles who computes the operations of `Kernels` in this process; call it before the first forward.
+
+    Args:
+        kernels: `auto` (the default: Triton on CUDA, torch elsewhere), `torch` or `triton`.
+
+    Raises:
+        UserError: another word, or `triton` where it cannot run.
+    """
+    global _asked_for
+    words = ["auto", *(each.value for each in Kernels)]
+    if kernels not in words:
+        raise UserError(
+            "unknown kernels", found=repr(kernels), expected=f"one of {words}", remedy="correct hardware.kernels"
+        )
+    obstacle = triton_obstacle()
+    if kernels == Kernels.triton and obstacle is not None:
+        raise _unavailable(obstacle)
+    _asked_for = kernels
+    _kernels_on.cache_clear()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def kernels_on(device: torch.device) -> Kernels:
+    """Who computes the operations of `Kernels` on this kind of device; chosen once, with the reason in the log.
+
+    Raises:
+        UserError: `triton` was asked for, and this device cannot run it.
+    """
+    return _kernels_on(device.type)
+
+
+def triton_obstacle() -> str | None:
+    """Why Triton cannot run in this process, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if triton_is_interpreted():
+        return None
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "the device is older than compute capability 8.0"
+    return None
+
+
+def triton_is_interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, which takes tensors of any device."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _kernels_on(device_type: str) -> Kernels:
+    chosen, reason = Kernels.torch, f"the default on {device_type}"
+    if _asked_for == Kernels.triton:
+        if device_type == "cpu" and not triton_is_interpreted():
+            raise _unavailable("it was given tensors on the CPU")
+        chosen, reason = Kernels.triton, "asked for"
+    elif _asked_for == Kernels.torch:
+        reason = "asked for"
+    elif device_type == "cuda":
+        obstacle = triton_obstacle()
+        chosen = Kernels.torch if obstacle else Kernels.triton
+        reason = obstacle or reason
+    logger.info("anchor kernels on %s: %s (%s)", device_type, chosen.value, reason)
+    return chosen
+
+
+def _unavailable(obstacle: str) -> UserError:
+    return UserError(
+        "the Triton kernels were asked for and cannot run",
+        found=obstacle,
+        expected="triton and a CUDA device of compute capability 8.0 or newer",
+        remedy="set hardware.kernels to auto or torch",
+    )
