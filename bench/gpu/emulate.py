@@ -1,0 +1,91 @@
+"""One of several ZeRO-2 ranks on a single card: its memory and its share of the work, without the communication."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from train.config import StageConfig
+from train.optim import parameter_groups
+from train.stage import freeze
+
+NOT_INCLUDED = "communication between the ranks"
+BUCKET_ELEMENTS = 200_000_000
+"""Gradients under way at once; `bucket_size` of train.config.ZeroConfig."""
+
+
+class EmulatedRank:
+    """Holds what a ZeRO-2 rank holds and steps what it steps.
+
+    All weights in the model's dtype; fp32 weights, gradient sums and Adam moments of one of `ranks` equal shares; two
+    buckets for gradients on their way. A parameter's gradient is added to the share and freed as soon as it is
+    complete, as a reduction would. The learning rate is 0: every row sees the same weights, and AdamW costs the same.
+    """
+
+    def __init__(self, model: nn.Module, stage: StageConfig, ranks: int) -> None:
+        freeze(model, stage)
+        self.clip_norm = stage.clip_norm
+        groups = parameter_groups(model, stage)
+        self._shares: list[tuple[Tensor, Tensor]] = []
+        """This rank's slice of each trained parameter, and its fp32 twin."""
+        self._hooks: list[RemovableHandle] = []
+        trained = []
+        for group in groups:
+            group["lr"] = 0.0
+            for index, parameter in enumerate(group["params"]):
+                mine = parameter.detach().view(-1)[: math.ceil(parameter.numel() / ranks)]
+                master = mine.float()
+                master.grad = torch.zeros_like(master)
+                self._shares.append((mine, master))
+                trained.append(parameter)
+                group["params"][index] = master
+        first = self._shares[0][0]
+        self.optimizer = torch.optim.AdamW(groups, betas=stage.betas, eps=stage.eps, fused=first.device.type == "cuda")
+        elements = min(BUCKET_ELEMENTS, sum(parameter.numel() for parameter in trained))
+        self._buckets = [torch.empty(elements, dtype=first.dtype, device=first.device) for _ in range(2)]
+        self.step()  # the moments exist from here on
+        # Last, so that nothing is left on the model where memory ran out before.
+        for parameter, (_, master) in zip(trained, self._shares, strict=True):
+            self._hooks.append(parameter.register_post_accumulate_grad_hook(_reducer(master)))
+
+    def step(self) -> None:
+        """Clips, updates this rank's share, casts it back into the model's weights and clears the gradients."""
+        masters = [master for _, master in self._shares]
+        nn.utils.clip_grad_norm_(masters, self.clip_norm)
+        self.optimizer.step()
+        with torch.no_grad():
+            torch._foreach_copy_([mine for mine, _ in self._shares], masters)
+            torch._foreach_zero_([master.grad for master in masters])
+
+    def close(self) -> None:
+        """Leaves the model as it was, so that another rank can be built around it."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._shares, self._buckets = [], [], []
+        del self.optimizer
+
+
+def _reducer(master: Tensor) -> Callable[[Tensor], None]:
+    def reduce(parameter: Tensor) -> None:
+        assert master.grad is not None
+        assert parameter.grad is not None
+        master.grad.add_(parameter.grad.reshape(-1)[: master.numel()])
+        parameter.grad = None
+
+    return reduce
+
+
+def run_step(rank: EmulatedRank, losses: Sequence[Callable[[], Tensor]]) -> Tensor:
+    """Forward and backward of each micro-batch, then the optimizer; the sum of the losses, still on the device."""
+    total: Tensor | None = None
+    for loss in losses:
+        share = loss()
+        share.backward()
+        total = share.detach() if total is None else total + share.detach()
+    rank.step()
+    assert total is not None
+    return total

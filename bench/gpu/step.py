@@ -1,0 +1,208 @@
+"""`bench gpu-step`: whole training steps of both stages at 7B on one card, beside the baselines; the first token."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anchorformer.errors import run_guarded
+from anchorformer.lean import make_lean
+from anchorformer.modeling import AnchorFormerForConditionalGeneration
+from bench.gpu.as_published import collate_padded, padded_loss
+from bench.gpu.emulate import NOT_INCLUDED, EmulatedRank, run_step
+from bench.gpu.first_token import first_token
+from bench.gpu.session import Columns, Session, allocated_gb, parser
+from bench.gpu.shapes import CONNECTORS, Length, build_language_model, build_model, make_examples, stage_config
+from bench.gpu.timing import GB, release, synchronize
+from data.collate import collate
+from train.loss import supervised_loss
+
+TEXT = {1: Length(text=18, supervised=17), 2: Length(text=190, supervised=110)}
+"""A caption of LLaVA-558k, and a conversation of LLaVA-665k at the short end of the range that plans assume."""
+WARM_UP, TIMED = 2, 6
+USABLE = 0.93
+"""Share of the card's memory that the search for the largest batch aims at; the rest is lost between blocks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One row: a model, a stage and a batch.
+
+    Attributes:
+        tiles: images of 336 pixels per sample; 1, 4 and 9 are what 336, 672 and 1008 pixels come to.
+        as_llava: activation checkpointing, all logits and the padded form, instead of ours.
+    """
+
+    stage: int
+    connector: str
+    tiles: int
+    batch: int
+    as_llava: bool = False
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        return {
+            "what": "training step", "variant": "as LLaVA" if self.as_llava else "ours", "stage": self.stage,
+            "connector": self.connector, "tiles": self.tiles, "batch": self.batch,
+        }  # fmt: skip
+
+    @property
+    def lengths(self) -> list[Length]:
+        return [replace(TEXT[self.stage], images=self.tiles)] * self.batch
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parser("gpu-step", __doc__)
+    options.add_argument("--stages", default="1,2")
+    options.add_argument("--connectors", default=",".join(CONNECTORS))
+    options.add_argument("--tiles", default="1,4,9")
+    options.add_argument("--bs", default="4", help="samples per step, comma-separated (default: 4)")
+    options.add_argument("--bs-max", choices=("auto", "off"), default="auto", help="also the largest that fits, 1 tile")
+    options.add_argument("--ranks", type=int, default=8, help="ZeRO-2 ranks of which one is emulated (default: 8)")
+    parsed = options.parse_args(arguments)
+    session = Session("gpu-step", parsed)
+    session.sheet.facts |= {"ranks": parsed.ranks, "not_included": NOT_INCLUDED, "warm_up": WARM_UP, "timed": TIMED}
+    print(f"one of {parsed.ranks} ZeRO-2 ranks, {NOT_INCLUDED} not included")
+    session.measure_ceilings()
+    Steps(session, parsed).measure()
+    session.close()
+
+
+class Steps:
+    """All rows, around one language model."""
+
+    def __init__(self, session: Session, options: argparse.Namespace) -> None:
+        self.session, self.scale, self.options = session, session.scale, options
+        self.stages = [int(stage) for stage in options.stages.split(",")]
+        self.connectors = options.connectors.split(",")
+        self.tiles = [int(tiles) for tiles in options.tiles.split(",")]
+        self.batches = [int(batch) for batch in options.bs.split(",")]
+
+    def measure(self) -> None:
+        """The rows that targets are set for come first, in case the time runs out."""
+        language_model = build_language_model(self.scale)
+        make_lean(language_model)
+        for connector in sorted(self.connectors, key=lambda name: name != "anchor_former"):
+            model = build_model(self.scale, connector, language_model)
+            if connector == "anchor_former":
+                first_token(self.session, model)
+            for stage in self.stages:
+                for batch in self.batches:
+                    for tiles in self.tiles:
+                        self._row(model, Cell(stage=stage, connector=connector, tiles=tiles, batch=batch))
+                if self.options.bs_max == "auto":
+                    self._largest(model, Cell(stage=stage, connector=connector, tiles=1, batch=1))
+            del model
+        del language_model
+        release(self.scale.device)
+
+        plain = build_language_model(self.scale)
+        for connector in self.connectors:
+            if connector == "anchor_former":
+                continue
+            model = build_model(self.scale, connector, plain)
+            for stage in self.stages:
+                for tiles in self.tiles:
+                    cell = Cell(stage=stage, connector=connector, tiles=tiles, batch=self.batches[0], as_llava=True)
+                    self._row(model, cell)
+            del model
+
+    def _row(self, model: AnchorFormerForConditionalGeneration, cell: Cell) -> Columns | None:
+        columns = self.session.row(
+            cell.labels,
+            3 + 0.25 * cell.batch * cell.tiles,
+            lambda: measure_cell(self.session, model, cell, self.options.ranks),
+        )
+        model.zero_grad(set_to_none=True)
+        release(self.scale.device)
+        return columns
+
+    def _largest(self, model: AnchorFormerForConditionalGeneration, cell: Cell) -> None:
+        """The largest batch that fits: aimed at through two smaller ones, then less until it does."""
+        if self.scale.device.type != "cuda":
+            return
+        peaks = {}
+        for batch in (8, 24):
+            columns = self._row(model, replace(cell, batch=batch))
+            if columns is None:
+                return
+            peaks[batch] = columns["reserved_gb"]
+        total = torch.cuda.get_device_properties(self.scale.device).total_memory / GB
+        per_sample = (peaks[24] - peaks[8]) / 16
+        batch = 24 + int((USABLE * total - peaks[24]) / per_sample)
+        while batch > 24:
+            if self._row(model, replace(cell, batch=batch)) is not None:
+                return
+            batch = int(batch * 0.92)
+
+
+def measure_cell(session: Session, model: AnchorFormerForConditionalGeneration, cell: Cell, ranks: int) -> Columns:
+    """Time and memory of one rank's step."""
+    device = session.scale.device
+    model.train()
+    if cell.as_llava:
+        model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.language_model.gradient_checkpointing_disable()
+    rank = EmulatedRank(model, stage_config(cell.stage), ranks)
+    try:
+        fixed_gb = allocated_gb(device)
+        examples = make_examples(model, cell.lengths)
+        supervised = sum(length.supervised for length in cell.lengths)
+        loss: Callable[[], Tensor]
+        if cell.as_llava:
+            padded = collate_padded(examples)
+            padded = padded.pin_memory() if device.type == "cuda" else padded
+            loss = lambda: padded_loss(model, padded.to(device), supervised, all_logits=True)  # noqa: E731
+        else:
+            packed = collate(examples)
+            packed = packed.pin_memory() if device.type == "cuda" else packed
+            loss = lambda: supervised_loss(model, packed.to(device), supervised)  # noqa: E731
+        seconds, value = time_steps(lambda: run_step(rank, [loss]), device)
+    finally:
+        rank.close()
+    step = statistics.median(seconds)
+    positions = sum(length.positions(model.num_image_tokens) for length in cell.lengths)
+    return {
+        "step_ms": 1e3 * step, "samples_s": cell.batch / step, "tokens_s": positions / step, "positions": positions,
+        "fixed_gb": fixed_gb, **peaks(device), "low_ms": 1e3 * min(seconds), "high_ms": 1e3 * max(seconds),
+        "loss": value,
+    }  # fmt: skip
+
+
+def time_steps(step: Callable[[], Tensor], device: torch.device) -> tuple[list[float], float]:
+    """Wall seconds of the timed steps, each waited for as a training loop does, and the last loss."""
+    for _ in range(WARM_UP):
+        step()
+    synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds, value = [], float("nan")
+    for _ in range(TIMED):
+        started = time.perf_counter()
+        value = float(step())
+        synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    if not value < 1e4:
+        raise ValueError(f"the step's loss is {value}: what was measured is not a training step")
+    return seconds, value
+
+
+def peaks(device: torch.device) -> Columns:
+    """Most memory allocated and reserved since the last reset."""
+    if device.type != "cuda":
+        return {"peak_gb": None, "reserved_gb": None}
+    return {
+        "peak_gb": torch.cuda.max_memory_allocated() / GB, "reserved_gb": torch.cuda.max_memory_reserved() / GB,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_guarded(main)
