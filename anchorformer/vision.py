@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from anchorformer.contracts import VisionFeatures, VisionNeeds
 from anchorformer.errors import UserError
-from anchorformer.kernels.attention import VISION_ATTENTION, park_cls_scores, pop_cls_scores
+from anchorformer.kernels.vision_attention import VISION_ATTENTION, park_cls_scores, pop_cls_scores
 from anchorformer.selectors.base import names_without_cls
 
 

@@ -1,4 +1,4 @@
-"""Attention of all parts behind one seam: vision (with [CLS] scores), language model (flat or padded), connectors.
+"""Attention of all parts behind one seam: rectangles, and the language model in its two forms, flat or padded.
 
 Shapes: B images or rows, S query positions, T key positions, H query heads, h key heads (h divides H), K head width.
 """
@@ -17,13 +17,9 @@ from anchorformer.errors import UserError
 from anchorformer.kernels import varlen
 from anchorformer.kernels.backend import Backend, choose
 
-VISION_ATTENTION = "anchorformer_vision"
 TEXT_ATTENTION = "anchorformer_text"
 
 VARLEN = {Backend.flash_attn: varlen.flash_attn, Backend.varlen: varlen.torch_varlen}
-
-_PARKS = "parks_cls_scores"
-_PARKED = "parked_cls_scores"
 
 
 def attend(
@@ -118,43 +114,6 @@ def attend_flat(
         backend=backend,
     ).flatten(0, 1)
     return (out if back is None else out.index_select(0, back)).unsqueeze(0)
-
-
-def park_cls_scores(attention: nn.Module) -> None:
-    """From now on this attention module keeps its [CLS] logits of each forward until `pop_cls_scores` takes them."""
-    setattr(attention, _PARKS, True)
-
-
-def pop_cls_scores(attention: nn.Module) -> Tensor | None:
-    """The fp32 [CLS] logits (B, H, N) of the last forward, removed from the module; None if none were left."""
-    return attention.__dict__.pop(_PARKED, None)
-
-
-def cls_scores(query_BHNK: Tensor, key_BHNK: Tensor, scale: float) -> Tensor:
-    """fp32 logits of query 0 over all keys, (B, H, N), without gradient.
-
-    A product and a sum instead of a matrix product: that stays fp32 under autocast and TF32, and the scores of an image
-    do not depend on which images share its batch.
-    """
-    with torch.no_grad():
-        return (query_BHNK[:, :, :1].float() * key_BHNK.float()).sum(-1) * scale
-
-
-def _vision_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention signature for vision towers: no mask, all tokens see each other."""
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if getattr(module, _PARKS, False):
-        setattr(module, _PARKED, cls_scores(query, key, scale))
-    return attend(query, key, value, scale=scale, mask=attention_mask, dropout=dropout), None
 
 
 def _text_forward(
@@ -284,6 +243,5 @@ def _one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors
 
 
-AttentionInterface.register(VISION_ATTENTION, _vision_forward)
 AttentionInterface.register(TEXT_ATTENTION, _text_forward)
 AttentionMaskInterface.register(TEXT_ATTENTION, _text_mask)
