@@ -5,22 +5,23 @@ from __future__ import annotations
 import argparse
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.image_processing_base import ImageProcessingMixin
 
 from anchorformer.configuration import AnchorFormerConfig
 from anchorformer.errors import UserError, run_guarded
+from anchorformer.hub import check_complete, load
 from anchorformer.images import ImageTransform
 from anchorformer.modeling import parse_parts
 from anchorformer.processing import AnchorFormerProcessor
-from anchorformer.schema import plugin_to_plain
+from anchorformer.schema import Schema, parse, plugin_to_plain
 from anchorformer.vision import VisionTower
 from anchorformer.weights import part_state, write_parts
 
@@ -53,15 +54,19 @@ def assemble(
     num_anchors = selector_config.count(shape.num_tokens, shape.num_heads, shape.has_cls)
     processor = AnchorFormerProcessor(
         ImageTransform.for_statistics(shape.image_size, mean),
-        _load("tokenizer", language_model, AutoTokenizer.from_pretrained),
+        load("tokenizer", language_model, AutoTokenizer.from_pretrained),
         num_image_tokens=connector_config.count(shape.num_tokens, num_anchors, shape.has_cls),
         template=template,
     )
 
     log.info("vision tower from %s", vision)
-    tower = _load("vision tower", vision, lambda name, **_: VisionTower.from_backbone(name, selector_config.needs))
+    tower = load("vision tower", vision, lambda name, **_: VisionTower.from_backbone(name, selector_config.needs))
     log.info("language model from %s", language_model)
-    llm = _load("language model", language_model, AutoModelForCausalLM.from_pretrained, dtype="auto")
+    llm, report = load(
+        "language model", language_model, AutoModelForCausalLM.from_pretrained, dtype="auto",
+        output_loading_info=True, ignore_mismatched_sizes=True,
+    )  # fmt: skip
+    check_complete("language model", language_model, llm.state_dict().keys(), report)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = connector_config.build(tower.width, text_config.hidden_size)
@@ -93,29 +98,13 @@ def assemble(
     return out
 
 
-def _load(role: str, name: str, load: Callable[..., Any], **options: Any) -> Any:
-    """A part of a backbone, from the hub or a folder; never code from there."""
-    is_path = name.startswith(("/", ".", "~"))
-    try:
-        if is_path and not Path(name).is_dir():
-            raise FileNotFoundError("no such folder")
-        return load(name, trust_remote_code=False, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(
-            f"the {role} cannot be loaded", found=f"{name}: {str(error).splitlines()[0]}",
-            expected="a complete Hugging Face folder" if is_path else "a hub id that can be reached, or a folder",
-            remedy="check the path; a clone without git-lfs holds pointers instead of weights" if is_path
-            else "check the name, or download it first and give the folder",
-        ) from None  # fmt: skip
-
-
 def _vision_config(name: str) -> PreTrainedConfig:
-    config = _load("vision tower", name, AutoConfig.from_pretrained)
+    config = load("vision tower", name, AutoConfig.from_pretrained)
     return getattr(config, "vision_config", config)
 
 
 def _text_config(name: str) -> PreTrainedConfig:
-    config = _load("language model", name, AutoConfig.from_pretrained)
+    config = load("language model", name, AutoConfig.from_pretrained)
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise UserError(
             "the language model is not one", found=f"{name}, model_type={config.model_type!r}",
@@ -126,20 +115,52 @@ def _text_config(name: str) -> PreTrainedConfig:
 
 
 def _image_statistics(vision: str) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    try:
-        values, _ = ImageProcessingMixin.get_image_processor_dict(vision)
-        (red, green, blue), (red_std, green_std, blue_std) = values["image_mean"], values["image_std"]
-        return (red, green, blue), (red_std, green_std, blue_std)
-    except (OSError, KeyError) as error:
+    """Mean and standard deviation per channel that the tower's images were normalised with."""
+    role = "vision tower's preprocessor_config.json"
+    values, _ = load(role, vision, ImageProcessingMixin.get_image_processor_dict)
+    mean, std = values.get("image_mean"), values.get("image_std")
+    if not (_is_rgb(mean) and _is_rgb(std) and min(std) > 0):
         raise UserError(
-            f"no image statistics beside the vision tower {vision}", found=str(error).splitlines()[0],
-            expected="preprocessor_config.json with image_mean and image_std",
+            f"no image statistics beside the vision tower {vision}", found=f"image_mean={mean}, image_std={std}",
+            expected="preprocessor_config.json with image_mean and image_std, three numbers each",
             remedy="copy the file from the published model into the folder",
-        ) from None  # fmt: skip
+        )  # fmt: skip
+    (red, green, blue), (red_std, green_std, blue_std) = mean, std
+    return (red, green, blue), (red_std, green_std, blue_std)
+
+
+def _is_rgb(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(isinstance(item, (int, float)) for item in value)
 
 
 def _pad_token_id(tokenizer: Any) -> int | None:
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Schema):
+    """What the YAML file of the command holds."""
+
+    vision: str
+    language_model: str
+    selector: dict[str, Any]
+    connector: dict[str, Any]
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The parts that a YAML file names.
+
+    Raises:
+        UserError: no such file, no YAML, or other keys than those of `Recipe`.
+    """
+    remedy = "write vision, language_model, selector and connector as in the config.yaml of a run, under model"
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(
+            f"{path} cannot be read", found=" ".join(str(error).split()), expected="a YAML file", remedy=remedy
+        ) from None
+    return parse(Recipe, values if isinstance(values, dict) else {}, str(path), remedy)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -150,7 +171,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the fresh connector (default: 0)")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    assemble(**yaml.safe_load(options.model.read_text()), out=options.out, template=options.template, seed=options.seed)
+    recipe = read_recipe(options.model)
+    assemble(
+        recipe.vision, recipe.language_model, recipe.selector, recipe.connector, options.out,
+        template=options.template, seed=options.seed,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

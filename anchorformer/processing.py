@@ -243,10 +243,21 @@ class AnchorFormerProcessor(ProcessorMixin):
 
     @classmethod
     def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> AnchorFormerProcessor:
-        """What transformers calls with the loaded tokenizer and processor_config.json; keywords replace its values."""
+        """What transformers calls with the loaded tokenizer and processor_config.json; keywords replace its values.
+
+        Raises:
+            UserError: one of the values that `to_dict` writes is not there.
+        """
         values = {**processor_dict, **kwargs}
-        transform = ImageTransform(values["image_size"], tuple(values["fill_rgb"]))
         names = ("num_image_tokens", "image_token", "template")
+        missing = {"image_size", "fill_rgb", *names} - values.keys()
+        if missing:
+            raise UserError(
+                "processor_config.json is incomplete", found=f"no {', no '.join(sorted(missing))}",
+                expected="what this version's save_pretrained writes",
+                remedy="copy the file from the model's folder again, or assemble the model",
+            )  # fmt: skip
+        transform = ImageTransform(values["image_size"], tuple(values["fill_rgb"]))
         return cls(transform, *args, **{name: values[name] for name in names})
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> Any:

@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from anchorformer.contracts import VisionFeatures, VisionNeeds
 from anchorformer.errors import UserError
+from anchorformer.hub import check_complete
 from anchorformer.kernels.vision_attention import VISION_ATTENTION, park_cls_scores, pop_cls_scores
 from anchorformer.selectors.base import names_without_cls
 
@@ -142,19 +143,11 @@ class VisionTower(nn.Module):
         model_class = AutoModel._model_mapping[type(config)]
         with _quiet_loading():
             model, report = model_class.from_pretrained(
-                source, config=config, dtype=dtype or "auto", output_loading_info=True, trust_remote_code=False
-            )
+                source, config=config, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True,
+                trust_remote_code=False,
+            )  # fmt: skip
         tower = cls(model, needs)
-        kept = set(model.state_dict())
-        missing = sorted(kept & set(report["missing_keys"]))
-        mismatched = sorted(kept & {str(entry[0]) for entry in report.get("mismatched_keys", ())})
-        if missing or mismatched:
-            raise UserError(
-                f"{source}: the vision tower's weights are incomplete",
-                found=f"missing {missing[:5]}, wrong shape {mismatched[:5]}",
-                expected=f"all {len(kept)} tensors of {type(model).__name__}",
-                remedy="download the backbone again, or name a folder that holds this tower",
-            )
+        check_complete("vision tower", source, model.state_dict().keys(), report)
         return tower
 
     @property

@@ -24,10 +24,10 @@ from transformers import ProcessorMixin
 
 from anchorformer.configuration import AnchorFormerConfig
 from anchorformer.errors import UserError
+from anchorformer.hub import INDEX, read_mapping, read_weight_map
 from anchorformer.modeling import AnchorFormerForConditionalGeneration, parse_parts
 from anchorformer.schema import plugin_to_plain
 
-INDEX = "model.safetensors.index.json"
 MANIFEST = "MANIFEST.json"
 PARTS = ("vision_tower", "connector", "language_model")
 SHARD_BYTES = 4 * 2**30
@@ -66,7 +66,7 @@ def derive_folder(
         _compare(f"{part} to be written to {out}", {k: tuple(v.shape) for k, v in tensors.items()},
                  {k: v for k, v in read_shapes(base).items() if k.startswith(part + ".")})  # fmt: skip
     stale = {name for key, name in base_map.items() if key.split(".", 1)[0] in replaced}
-    known = read_manifest(base)["files"]
+    known = read_manifest(base)
     partial = out.with_name(f".tmp-{out.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -105,7 +105,7 @@ def check_folder(
     Raises:
         UserError: naming the file, key or tensor that differs.
     """
-    manifest = read_manifest(folder)["files"]
+    manifest = read_manifest(folder)
     for name, entry in tqdm(manifest.items(), f"checking {folder.name}", delay=5, leave=False):
         path = folder / name
         found = path.stat().st_size if path.is_file() else "no file"
@@ -169,12 +169,14 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 def read_index(folder: Path) -> dict[str, str]:
     """Tensor name -> shard file name."""
-    return dict(_read_json(folder / INDEX)["weight_map"])
+    _check_present(folder / INDEX)
+    return read_weight_map(folder)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest: `files` maps each file name to its `bytes` and `sha256`."""
-    return dict(_read_json(folder / MANIFEST))
+    """File name -> its `bytes` and `sha256`."""
+    _check_present(folder / MANIFEST)
+    return read_mapping(folder / MANIFEST, "files")
 
 
 def write_manifest(folder: Path, known: Mapping[str, Mapping[str, Any]] | None = None) -> None:
@@ -252,16 +254,10 @@ def _compare(what: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[
         )  # fmt: skip
 
 
-def _read_json(path: Path) -> Any:
+def _check_present(path: Path) -> None:
     if not path.is_file():
         raise UserError(
             f"{path.parent} is not a model folder", found=f"no {path.name}",
             expected="a folder written by anchorformer.assemble or by a finished run",
             remedy="pass a run (checkpoints/<run>) that is done, or assemble the model first",
         )  # fmt: skip
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path} cannot be read", found=str(error), expected="JSON", remedy="restore the file"
-        ) from None

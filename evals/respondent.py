@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 import anchorformer.auto  # noqa: F401  (makes the processor known to AutoProcessor)
+from anchorformer import hub
 from anchorformer.errors import UserError
 from anchorformer.modeling import AnchorFormerForConditionalGeneration
 from anchorformer.processing import AnchorFormerProcessor
@@ -109,7 +110,7 @@ def load(folder: Path, config: EvalConfig) -> ModelRespondent:
     precision = config.precision
     if precision is Precision.auto:
         precision = Precision.bf16 if device.type == "cuda" else Precision.fp32
-    processor = AnchorFormerProcessor.from_pretrained(folder)
+    processor: AnchorFormerProcessor = hub.load("processor", folder, AnchorFormerProcessor.from_pretrained)
     if config.template is not None:
         processor = processor.with_template(config.template)
     model = load_model(folder, torch.float32 if precision is Precision.fp32 else torch.bfloat16).to(device)

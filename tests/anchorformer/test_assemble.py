@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from anchorformer.assemble import assemble
+from anchorformer.assemble import assemble, main
 from anchorformer.errors import UserError
 from anchorformer.vision import VisionTower
+from anchorformer.weights import check_folder
 from tests.conftest import ANCHOR, CONNECTOR
 
 CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
@@ -54,3 +56,23 @@ def test_pointers_instead_of_weights_are_named(tiny_backbones: Path, tmp_path: P
     (clip / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(UserError, match="git-lfs"):
         assemble(str(clip), str(tiny_backbones / "llama"), ANCHOR, CONNECTOR, tmp_path / "out", template="chat")
+
+
+def test_the_command_reads_a_recipe(tiny_backbones: Path, tmp_path: Path) -> None:
+    recipe = {"vision": str(tiny_backbones / "clip"), "language_model": str(tiny_backbones / "llama"),
+              "selector": ANCHOR, "connector": CONNECTOR}  # fmt: skip
+    file, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    file.write_text(yaml.safe_dump(recipe))
+    main([str(file), str(out), "--template", "chat"])
+    check_folder(out, ANCHOR, CONNECTOR, every_hash=True)
+    for text, fragment in (
+        (yaml.safe_dump(recipe | {"conector": {}}), "'connector'?"),
+        ("- a list", "'vision' is missing"),
+        ("a: [", "YAML"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError) as caught:
+            main([str(file), str(out)])
+        assert fragment in str(caught.value)
+    with pytest.raises(UserError, match=r"gone\.yaml cannot be read"):
+        main([str(tmp_path / "gone.yaml"), str(out)])

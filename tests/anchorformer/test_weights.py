@@ -146,5 +146,5 @@ def test_folder_without_manifest_is_no_model_folder(folder: Path) -> None:
 
 
 def test_manifest_lists_every_file(tiny_folder: Path) -> None:
-    listed = set(read_manifest(tiny_folder)["files"])
+    listed = set(read_manifest(tiny_folder))
     assert listed == {path.name for path in tiny_folder.iterdir()} - {MANIFEST}

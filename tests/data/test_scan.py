@@ -183,7 +183,7 @@ def test_bare_tokenizer(processor: AnchorFormerProcessor, corpus: Any, tmp_path:
     with pytest.raises(UserError, match="an empty folder"):
         _opened([*overrides[:-1], f"processor={tmp_path / 'empty'}", "num_image_tokens=17", "template=v1"])
     (tmp_path / "empty" / "tokenizer_config.json").write_text("{}")
-    with pytest.raises(UserError, match="no tokenizer"):
+    with pytest.raises(UserError, match="the tokenizer cannot be loaded"):
         _opened([*overrides[:-1], f"processor={tmp_path / 'empty'}", "num_image_tokens=17", "template=v1"])
 
 
