@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from train.config import StageConfig
+from train.config import StageConfig, ZeroConfig
 from train.optim import parameter_groups
 from train.stage import freeze
 
 NOT_INCLUDED = "communication between the ranks"
-BUCKET_ELEMENTS = 200_000_000
-"""Gradients under way at once; `bucket_size` of train.config.ZeroConfig."""
+BUCKETS = 2
+"""Of gradients under way: one is reduced while the other fills."""
 
 
 class EmulatedRank:
@@ -45,8 +45,7 @@ class EmulatedRank:
                 group["params"][index] = master
         first = self._shares[0][0]
         self.optimizer = torch.optim.AdamW(groups, betas=stage.betas, eps=stage.eps, fused=first.device.type == "cuda")
-        elements = min(BUCKET_ELEMENTS, sum(parameter.numel() for parameter in trained))
-        self._buckets = [torch.empty(elements, dtype=first.dtype, device=first.device) for _ in range(2)]
+        self._buckets = first.new_empty(BUCKETS, ZeroConfig().bucket_size)
         self.step()  # the moments exist from here on
         # Last, so that nothing is left on the model where memory ran out before.
         for parameter, (_, master) in zip(trained, self._shares, strict=True):
@@ -65,8 +64,8 @@ class EmulatedRank:
         """Leaves the model as it was, so that another rank can be built around it."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._shares, self._buckets = [], [], []
-        del self.optimizer
+        self._hooks, self._shares = [], []
+        del self.optimizer, self._buckets
 
 
 def _reducer(master: Tensor) -> Callable[[Tensor], None]:

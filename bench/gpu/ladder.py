@@ -27,7 +27,7 @@ from bench.gpu.shapes import (
     stage_config,
 )  # fmt: skip
 from bench.gpu.step import peaks
-from bench.gpu.timing import synchronize
+from bench.gpu.timing import release, synchronize
 from bench.published.batching import grouped, useful_share
 from bench.published.connector import PublishedConnector
 from data.collate import collate
@@ -106,7 +106,7 @@ def draw(stage: int, lengths: Sequence[Length], num_image_tokens: int, batch: in
         ]
     else:
         steps = grouped(
-            [lengths[index].text for index in usable], [lengths[index].images > 0 for index in usable], RANKS, batch, 0
+            [lengths[index].words for index in usable], [lengths[index].images > 0 for index in usable], RANKS, batch, 0
         )
         steps = [[[usable[place] for place in share] for share in step] for step in steps]
         steps = [step for step in steps if all(lengths[index].images for share in step for index in share)]
@@ -128,16 +128,19 @@ def draw(stage: int, lengths: Sequence[Length], num_image_tokens: int, batch: in
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser("gpu-ladder", __doc__)
     options.add_argument("--stages", default="2,1", help="comma-separated (default: 2,1)")
-    options.add_argument("--repeats", type=int, default=2, help="timed steps per rank (default: 2)")
+    options.add_argument("--distributions", default="counted,captions", help="also: mixture")
+    options.add_argument("--repeats", type=int, default=1, help="timed steps per rank (default: 1)")
     parsed = options.parse_args(arguments)
     session = Session("gpu-ladder", parsed)
     session.sheet.facts |= {"ranks": RANKS, "not_included": NOT_INCLUDED}
     print(f"{RANKS} ZeRO-2 ranks one after the other, the slowest counts; {NOT_INCLUDED} not included")
     session.measure_ceilings()
-    distributions = read_lengths(session.lengths)
+    distributions, wanted = read_lengths(session.lengths), parsed.distributions.split(",")
     for stage in (int(stage) for stage in parsed.stages.split(",")):
-        for name, lengths in distributions.items():
-            Ladder(session, stage, name, lengths, parsed.repeats).climb()
+        for name, lengths in distributions[stage].items():
+            if name in wanted:
+                Ladder(session, stage, name, lengths, parsed.repeats).climb()
+                release(session.scale.device)
     session.close()
 
 

@@ -177,7 +177,7 @@ def text_attention(session: Session) -> None:
     scale = session.scale
     heads = scale.text["num_attention_heads"]
     width = scale.text["hidden_size"] // heads
-    for name, found in read_lengths(session.lengths).items():
+    for name, found in read_lengths(session.lengths)[2].items():
         lengths = [min(length.positions(scale.num_anchors), 2048) for length in found[:TEXT_SAMPLES]]
         if session.tiny:
             lengths = [length // 16 + 1 for length in lengths]

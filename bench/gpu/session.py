@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from anchorformer.errors import UserError
-from bench.gpu.shapes import LENGTHS, Scale, published_scale, tiny_scale
+from bench import lengths
+from bench.gpu.shapes import Scale, published_scale, tiny_scale
 from bench.gpu.timing import GB, Budget, copy_ceiling, matmul_ceiling, release
 from bench.table import Sheet, show
 
@@ -25,7 +26,7 @@ def parser(command: str, description: str | None) -> argparse.ArgumentParser:
     options.add_argument("--json", type=Path, help="file for the rows; whole after every row")
     options.add_argument("--minutes", type=float, default=8.5, help="time budget (default: 8.5)")
     options.add_argument("--commit", help="of the measured tree, where it is copied without its .git")
-    options.add_argument("--lengths", type=Path, default=LENGTHS, help="JSON with lengths of real samples")
+    options.add_argument("--lengths", type=Path, default=lengths.FILE, help="JSON with lengths of real samples")
     options.add_argument("--tiny", action="store_true", help="toy shapes on the CPU: shows that the code runs")
     return options
 
@@ -63,16 +64,15 @@ class Session:
         """torch.compile's backend; toys on the CPU only show that the code can be captured."""
         return "inductor" if self.scale.device.type == "cuda" else "aot_eager"
 
-    def measure_ceilings(self) -> float:
-        """Measures what the card can do at best and keeps it as facts; bf16 FLOP/s."""
-        flops = matmul_ceiling(self.scale.device, self.scale.matmul_side)
+    def measure_ceilings(self) -> None:
+        """Measures what the card can do at best and keeps it as facts."""
+        self.matmul_flops = flops = matmul_ceiling(self.scale.device, self.scale.matmul_side)
         copied = copy_ceiling(self.scale.device, self.scale.copy_bytes)
         ceilings = {"matmul_tflops": flops / 1e12, "copy_tb_s": copied / 1e12}
         self.sheet.facts.update(ceilings)
         self.sheet.write()
         print(f"ceilings: {_line(ceilings)}")
         release(self.scale.device)
-        return flops
 
     def row(self, labels: Mapping[str, Any], seconds: float, measure: Callable[[], Columns]) -> Columns | None:
         """Measures a row, keeps and prints it; None where it was left out, which the row says with its reason.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,10 +21,11 @@ from anchorformer.kernels.attention import TEXT_ATTENTION
 from anchorformer.modeling import AnchorFormerForConditionalGeneration, parse_parts
 from anchorformer.schema import parse
 from anchorformer.vision import VisionTower
+from bench.lengths import Lengths, mixture
 from train.config import StageConfig
+from train.plan.shapes import Shapes, shapes_of
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-LENGTHS = Path(__file__).resolve().parents[1] / "lengths.json"
 STAGES = {1: "align", 2: "finetune"}
 CONNECTORS = {"mlp": ("all", "mlp"), "resampler": ("all", "resampler"), "anchor_former": ("anchor", "anchor_former")}
 """Kind of model -> its selector and connector, by the names of their YAML files."""
@@ -175,13 +177,25 @@ def build_model(
     return model
 
 
+def plan_shapes(scale: Scale, kind: str) -> Shapes:
+    """The same model's sizes as `train.plan` counts with them."""
+    return shapes_of(scale.vision_config.to_dict(), scale.text_config.to_dict(), *parts_of(kind, scale))
+
+
 @dataclass(frozen=True, slots=True)
 class Length:
-    """What a sample costs: text positions without its images, how many of them are supervised, and its images."""
+    """What a sample costs.
+
+    Attributes:
+        text: positions without its images.
+        supervised: how many of those.
+        words: what LLaVA's sampler calls its length.
+    """
 
     text: int
     supervised: int
     images: int = 1
+    words: int = 0
 
     def positions(self, num_image_tokens: int) -> int:
         return self.text + self.images * num_image_tokens
@@ -203,6 +217,27 @@ def make_examples(model: nn.Module, lengths: Sequence[Length], seed: int = 0) ->
     return examples
 
 
-def read_lengths(path: Path) -> dict[str, list[Length]]:
-    """The distributions of bench/lengths.json."""
-    return {name: [Length(*sample) for sample in samples] for name, samples in json.loads(path.read_text()).items()}
+CAPTION_TOKENS, CAPTION_SIGMA = 18, 0.4
+"""Mean and spread (sigma of the logarithm) of LLaVA-558k's captions in tokens, assumed."""
+
+
+def read_lengths(path: Path) -> dict[int, dict[str, list[Length]]]:
+    """Stage -> name -> samples: the counted instruction records of a file, the assumed mixture, assumed captions.
+
+    Samples that the recipe would cut are left out, since what is cut depends on the images' tokens.
+    """
+    instructions = {"counted": Lengths(**json.loads(path.read_text())), "mixture": mixture(4096)}
+    normal = torch.randn(1024, generator=torch.Generator().manual_seed(0)).tolist()
+    captions = [max(4, round(CAPTION_TOKENS * math.exp(CAPTION_SIGMA * z - CAPTION_SIGMA**2 / 2))) for z in normal]
+    return {
+        1: {"captions": [Length(text=text, supervised=text - 1) for text in captions]},
+        2: {
+            name: [
+                Length(text=text, supervised=supervised, images=images, words=words)
+                for text, supervised, images, words in zip(
+                    found.text, found.supervised, found.images, found.words, strict=True
+                )
+            ]
+            for name, found in instructions.items()
+        },
+    }

@@ -16,13 +16,25 @@ from anchorformer.errors import run_guarded
 from anchorformer.lean import make_lean
 from anchorformer.modeling import AnchorFormerForConditionalGeneration
 from bench.gpu.as_published import collate_padded, padded_loss
-from bench.gpu.emulate import NOT_INCLUDED, EmulatedRank, run_step
+from bench.gpu.emulate import BUCKETS, NOT_INCLUDED, EmulatedRank, run_step
 from bench.gpu.first_token import first_token
 from bench.gpu.session import Columns, Session, allocated_gb, parser
-from bench.gpu.shapes import CONNECTORS, Length, build_language_model, build_model, make_examples, stage_config
+from bench.gpu.shapes import (
+    CONNECTORS,
+    Length,
+    build_language_model,
+    build_model,
+    make_examples,
+    plan_shapes,
+    stage_config,
+)
 from bench.gpu.timing import GB, release, synchronize
 from data.collate import collate
+from train.config import ZeroConfig
 from train.loss import supervised_loss
+from train.plan.cards import card_of_device
+from train.plan.flops import Work, model_flops
+from train.plan.memory import Layout, MicroBatch, rank_memory
 
 TEXT = {1: Length(text=18, supervised=17), 2: Length(text=190, supervised=110)}
 """A caption of LLaVA-558k, and a conversation of LLaVA-665k at the short end of the range that plans assume."""
@@ -169,11 +181,34 @@ def measure_cell(session: Session, model: AnchorFormerForConditionalGeneration, 
     finally:
         rank.close()
     step = statistics.median(seconds)
-    positions = sum(length.positions(model.num_image_tokens) for length in cell.lengths)
+    found = peaks(device)
     return {
-        "step_ms": 1e3 * step, "samples_s": cell.batch / step, "tokens_s": positions / step, "positions": positions,
-        "fixed_gb": fixed_gb, **peaks(device), "low_ms": 1e3 * min(seconds), "high_ms": 1e3 * max(seconds),
-        "loss": value,
+        "step_ms": 1e3 * step, "samples_s": cell.batch / step, **expected(session, model, cell, ranks, step, found),
+        "fixed_gb": fixed_gb, **found, "low_ms": 1e3 * min(seconds), "high_ms": 1e3 * max(seconds), "loss": value,
+    }  # fmt: skip
+
+
+def expected(session: Session, model: Any, cell: Cell, ranks: int, step: float, found: Columns) -> Columns:
+    """What the plan says of this step beside what was found: arithmetic per second, and memory with its error."""
+    shapes, trains = plan_shapes(session.scale, cell.connector), stage_config(cell.stage).trains
+    length = cell.lengths[0]
+    sample = Work.of_sample(shapes, text=length.text, supervised=length.supervised, images=length.images)
+    flops = cell.batch * sum(model_flops(shapes, trains, sample).values())
+    positions = round(cell.batch * sample.positions)
+    layout = Layout(
+        ranks=ranks, zero=2, value_bytes=session.scale.dtype.itemsize, checkpointing=cell.as_llava,
+        bucket=ZeroConfig().bucket_size, buckets=BUCKETS, lean=not cell.as_llava,
+    )  # fmt: skip
+    supervised = positions if cell.as_llava else cell.batch * length.supervised
+    batch = MicroBatch(positions=positions, supervised=supervised, images=cell.batch * cell.tiles)
+    predicted = rank_memory(shapes, trains, layout, batch).allocated / GB
+    card = card_of_device(session.scale.name)
+    return {
+        "positions": positions, "tokens_s": positions / step, "tflop": flops / 1e12,
+        "mfu": flops / step / (card.peak_tflops * 1e12) if card else None,
+        "mfu_of_ceiling": flops / step / session.matmul_flops,
+        "predicted_gb": predicted,
+        "prediction_error": predicted / found["peak_gb"] - 1 if found["peak_gb"] else None,
     }  # fmt: skip
 
 
