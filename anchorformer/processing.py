@@ -15,9 +15,10 @@ from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase, P
 
 from anchorformer.configuration import AnchorFormerConfig
 from anchorformer.contracts import IGNORE_INDEX, Example
+from anchorformer.dialogue import PLACEHOLDER, read_turns
 from anchorformer.errors import UserError
 from anchorformer.images import ImageTransform
-from anchorformer.templates import PLACEHOLDER, Picture, Segment, Special, Text, make_template, read_turns
+from anchorformer.templates import Picture, Segment, Special, Text, make_template
 from anchorformer.tokenization import SENTENCEPIECE_FILE, After, SentencePieceEncoder, choose_encoder
 
 log = logging.getLogger(__name__)

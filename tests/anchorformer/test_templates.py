@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from anchorformer.dialogue import read_turns
 from anchorformer.errors import UserError
 from anchorformer.images import ImageTransform
 from anchorformer.processing import AnchorFormerProcessor
-from anchorformer.templates import V1_SYSTEM, Picture, Segment, Special, Text, read_turns
+from anchorformer.templates import V1_SYSTEM, Picture, Segment, Special, Text
 
 Make = Callable[..., Any]
 TURNS = [("user", "What?"), ("assistant", "Red."), ("user", "Sure?"), ("assistant", "Yes.")]

@@ -12,10 +12,11 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from anchorformer.contracts import IGNORE_INDEX
+from anchorformer.dialogue import PLACEHOLDER
 from anchorformer.errors import UserError
 from anchorformer.images import ImageTransform
 from anchorformer.processing import AnchorFormerProcessor
-from anchorformer.templates import PLACEHOLDER, V1_SYSTEM
+from anchorformer.templates import V1_SYSTEM
 from anchorformer.tokenization import After
 
 IMAGE_SLOT = -200  # what the published code puts where an image goes; one placeholder here (num_image_tokens=1)
