@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from anchorformer.connectors.blocks import CrossAttention
+from anchorformer.connectors.blocks import CrossAttention, FeedForward
 from anchorformer.contracts import Anchors, VisionFeatures
 
 
@@ -50,6 +50,6 @@ def attention(parts: CrossAttention, queries_BTV: Tensor, media_BNV: Tensor) -> 
     return cast(Tensor, parts.to_out(out.transpose(1, 2).flatten(2)))
 
 
-def feed_forward(parts: nn.Module, x_BTV: Tensor) -> Tensor:
+def feed_forward(parts: FeedForward, x_BTV: Tensor) -> Tensor:
     """LayerNorm, Linear, GELU, Linear, one after the other."""
-    return cast(Tensor, parts.down(nn.functional.gelu(parts.up(parts.norm(x_BTV)))))
+    return nn.functional.linear(nn.functional.gelu(parts.up(parts.norm(x_BTV))), parts.down.weight)
