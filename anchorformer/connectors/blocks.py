@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import cast
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anchorformer.connectors.fold import folded_key_values
 from anchorformer.kernels.attention import attend
+from anchorformer.kernels.backend import Backend
+from anchorformer.kernels.gelu_linear import gelu_linear
 
 
 class CrossAttention(nn.Module):
@@ -26,13 +28,20 @@ class CrossAttention(nn.Module):
         self.to_kv = nn.Linear(width, 2 * inner, bias=False)
         self.to_out = nn.Linear(inner, width, bias=False)
 
-    def forward(self, queries_BTV: Tensor, media_BNV: Tensor) -> Tensor:
+    def key_values(self, media_BNV: Tensor) -> Tensor:
+        """Keys and values side by side, (B, N, 2 * heads * head width)."""
+        return cast(Tensor, self.to_kv(self.norm_media(media_BNV)))
+
+    def forward(self, queries_BTV: Tensor, key_values_BNE: Tensor) -> Tensor:
         def heads(x: Tensor) -> Tensor:
             return x.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
 
-        key, value = self.to_kv(self.norm_media(media_BNV)).chunk(2, dim=-1)
+        key, value = key_values_BNE.chunk(2, dim=-1)
         query = self.to_q(self.norm_queries(queries_BTV))
-        out_BTHK = attend(heads(query), heads(key), heads(value), scale=self.head_width**-0.5)
+        # Never with a matrix of scores, at no size: those of every layer would be kept until backward.
+        out_BTHK = attend(
+            heads(query), heads(key), heads(value), scale=self.head_width**-0.5, backend=Backend.sdpa
+        )  # fmt: skip
         return cast(Tensor, self.to_out(out_BTHK.flatten(2)))
 
 
@@ -43,10 +52,17 @@ class FeedForward(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.up = nn.Linear(width, mult * width, bias=False)
-        self.down = nn.Linear(mult * width, width, bias=False)
+        self.down = GeluLinear(mult * width, width, bias=False)
 
     def forward(self, x_BTV: Tensor) -> Tensor:
-        return cast(Tensor, self.down(F.gelu(self.up(self.norm(x_BTV)))))
+        return cast(Tensor, self.down(self.up(self.norm(x_BTV))))
+
+
+class GeluLinear(nn.Linear):
+    """A linear without bias that applies GELU to its input first, and keeps that input only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gelu_linear(x, self.weight)
 
 
 class CrossLayer(nn.Module):
@@ -57,8 +73,8 @@ class CrossLayer(nn.Module):
         self.cross = CrossAttention(width, num_heads, head_width)
         self.ff = FeedForward(width, ff_mult)
 
-    def forward(self, queries_BTV: Tensor, media_BNV: Tensor) -> Tensor:
-        queries_BTV = queries_BTV + self.cross(queries_BTV, media_BNV)
+    def forward(self, queries_BTV: Tensor, key_values_BNE: Tensor) -> Tensor:
+        queries_BTV = queries_BTV + self.cross(queries_BTV, key_values_BNE)
         return cast(Tensor, queries_BTV + self.ff(queries_BTV))
 
 
@@ -67,10 +83,21 @@ def cross_layers(width: int, depth: int, num_heads: int, head_width: int, ff_mul
     return nn.ModuleList(CrossLayer(width, num_heads, head_width, ff_mult) for _ in range(depth))
 
 
-def run_layers(layers: nn.ModuleList, norm: nn.LayerNorm, queries: Tensor, media: Tensor) -> Tensor:
-    """The stack and its final norm; every layer sees the same media."""
-    for layer in layers:
-        queries = layer(queries, media)
+def run_layers(layers: nn.ModuleList, norm: nn.LayerNorm, queries: Tensor, media: Tensor, *, fold_kv: bool) -> Tensor:
+    """The stack and its final norm; every layer sees the same media.
+
+    Args:
+        fold_kv: whether keys and values of all layers come from one product; the same result within rounding.
+    """
+    crosses = [cast(CrossLayer, layer).cross for layer in layers]
+    if fold_kv:
+        key_values = folded_key_values(
+            media, [cross.norm_media for cross in crosses], [cross.to_kv for cross in crosses]
+        )
+    else:
+        key_values = [cross.key_values(media) for cross in crosses]
+    for layer, key_value in zip(layers, key_values, strict=True):
+        queries = layer(queries, key_value)
     return cast(Tensor, norm(queries))
 
 

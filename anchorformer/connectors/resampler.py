@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, cast
 
 import torch
@@ -28,6 +28,8 @@ class ResamplerConfig(ConnectorConfig):
     """Width of one head."""
     ff_mult: Annotated[int, Field(ge=1)] = 4
     """Inner width of the feed-forward, as a multiple of the vision width."""
+    fold_kv: bool = field(default=False, compare=False)  # the same connector either way, computed differently
+    """Keys and values of all layers from one matrix product: less memory, same weights and result; not with ZeRO-3."""
 
     def count(self, num_tokens: int, num_anchors: int, has_cls: bool) -> int:
         return self.num_queries
@@ -44,6 +46,7 @@ class Resampler(Connector):
 
     def __init__(self, config: ResamplerConfig, vision_width: int, text_width: int) -> None:
         super().__init__()
+        self.fold_kv = config.fold_kv
         self.queries_TV = nn.Parameter(torch.randn(config.num_queries, vision_width))
         self.layers = cross_layers(vision_width, config.depth, config.num_heads, config.head_dim, config.ff_mult)
         self.norm = nn.LayerNorm(vision_width)
@@ -52,4 +55,5 @@ class Resampler(Connector):
     def forward(self, anchors: Anchors, features: VisionFeatures) -> Tensor:
         media_BNV = features.tokens_BNV.to(self.norm.weight.dtype)
         queries_BTV = self.queries_TV.expand(media_BNV.shape[0], -1, -1)
-        return cast(Tensor, self.projector(run_layers(self.layers, self.norm, queries_BTV, media_BNV)))
+        seen_BTV = run_layers(self.layers, self.norm, queries_BTV, media_BNV, fold_kv=self.fold_kv)
+        return cast(Tensor, self.projector(seen_BTV))
