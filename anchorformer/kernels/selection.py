@@ -17,14 +17,22 @@ def select_anchors(scores_BHN: Tensor, num_anchors: int) -> Tensor:
     Args:
         scores_BHN: scores of the [CLS] query over N tokens, [CLS] at 0; logits or probabilities, since only the order
             within a head counts. Ranked in fp32.
-        num_anchors: T, with H dividing T-1 and T at most N.
+        num_anchors: T; every head adds (T-1) // H. A remainder is dropped, as the released code drops it; the selector's
+            config refuses one.
 
     Returns:
         int64 (B, T), ascending, 0 first.
+
+    Raises:
+        ValueError: there are fewer patches than that.
     """
+    heads, tokens = scores_BHN.shape[1:]
+    per_head = (num_anchors - 1) // heads
+    if heads * per_head >= tokens:
+        raise ValueError(f"{heads} heads cannot add {per_head} patches each where there are {tokens - 1}")
     if kernels_on(scores_BHN.device) is Kernels.triton:
-        return _fused(scores_BHN, num_anchors)
-    return _plain(scores_BHN, num_anchors)
+        return _fused(scores_BHN, 1 + heads * per_head)
+    return _plain(scores_BHN, 1 + heads * per_head)
 
 
 @torch.library.custom_op("anchorformer::select_anchors", mutates_args=())

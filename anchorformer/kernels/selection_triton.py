@@ -72,7 +72,7 @@ def block_and_warps(num_patches: int) -> tuple[int, int]:
 
 
 def launch(scores_BHN: Tensor, num_anchors: int) -> Tensor:
-    """(B, T) int64 from strided (B, H, N) scores of any float dtype."""
+    """(B, T) int64 from (B, H, N) scores of any strides and float dtype; H divides T-1."""
     batch, heads, tokens = scores_BHN.shape
     indices_BT = torch.empty(batch, num_anchors, dtype=torch.int64, device=scores_BHN.device)
     block, warps = block_and_warps(tokens - 1)
