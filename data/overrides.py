@@ -86,11 +86,14 @@ class CommandLine:
                 )
         return parsed
 
-    def compose(self, parsed: Sequence[Override], more: Sequence[str] = ()) -> dict[str, Any]:
+    def compose(
+        self, parsed: Sequence[Override], more: Sequence[str] = (), stand_ins: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
         """The mapping that the config and the overrides come to, every interpolation resolved.
 
         Args:
             more: further overrides, as Hydra shall see them; they come first.
+            stand_ins: key -> its value where neither YAML nor override gives one.
 
         Raises:
             UserError: an unknown key of a plug-in, overrides that cannot be composed, or a value that is missing.
@@ -101,6 +104,9 @@ class CommandLine:
                 self._check_plugin_keys(parsed, more)
                 texts = [_forced(override, groups) for override in parsed]
                 composed = hydra_compose(self.config, overrides=[*more, *texts])
+            for key, value in (stand_ins or {}).items():
+                if key in OmegaConf.missing_keys(composed):
+                    OmegaConf.update(composed, key, value)
             missing = sorted(OmegaConf.missing_keys(composed))
             plain = {} if missing else OmegaConf.to_container(composed, resolve=True)
         except (HydraException, OmegaConfBaseException) as error:

@@ -218,6 +218,8 @@ class RunConfig(Schema):
     repro: Repro = Repro.fast
     init_from: str | None = None
     """Run or model folder to start from; required by finetune, while align assembles a fresh model without it."""
+    rehearse: bool = False
+    """Instead of the run: two of its steps with everything around them, in a folder of their own; says what it proved."""
     resume: str = "never"
     """`never`, `auto` (newest complete checkpoint of this run) or a checkpoint folder."""
     output_root: str = "checkpoints"
@@ -239,18 +241,16 @@ def check(config: RunConfig) -> None:
     """Checks that span several groups; the range of a single number stands at its field.
 
     Raises:
-        UserError: global batch not divisible by ranks times micro-batch, both or none of epochs and max_steps, finetune
+        UserError: global batch not divisible by the ranks, both or none of epochs and max_steps, finetune
             without `init_from`, unknown template or ZeRO stage, compiled parts under ZeRO-3.
     """
     stage, hardware = config.stage, config.hardware
-    share = config.world_size * hardware.micro_batch
-    if stage.global_batch % share:
+    if stage.global_batch % config.world_size:
         raise UserError(
             "stage.global_batch cannot be dealt evenly",
-            found=f"{stage.global_batch} samples over {config.world_size} rank(s) x micro-batch {hardware.micro_batch}",
-            expected=f"a multiple of {share}",
-            remedy=f"set stage.global_batch={max(1, round(stage.global_batch / share)) * share} or change "
-            "hardware.micro_batch",
+            found=f"{stage.global_batch} samples over {config.world_size} rank(s)",
+            expected=f"a multiple of {config.world_size}",
+            remedy=f"set stage.global_batch={max(1, round(stage.global_batch / config.world_size)) * config.world_size}",
         )
     if (stage.epochs is None) == (stage.max_steps is None):
         raise UserError(

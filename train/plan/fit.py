@@ -1,0 +1,201 @@
+"""What fits into a card: the largest micro-batch, whether checkpointing is needed, which ZeRO stage, and what would."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from anchorformer.errors import UserError
+from train.config import Checkpointing, Device, EngineName, Precision, RunConfig
+from train.plan.cards import named_card
+from train.plan.memory import Layout, Memory, MicroBatch, rank_memory
+from train.plan.shapes import Shapes, read_shapes
+
+log = logging.getLogger(__name__)
+
+GB = 1e9
+STEP = 64
+"""Planned positions are a multiple of this."""
+COMFORTABLE = 2
+"""Longest samples in a micro-batch below which another layout is recommended: dealing needs something to balance, and
+under ZeRO every micro-batch sends all gradients on their way."""
+LAYOUTS = ((2, False), (3, False), (2, True), (3, True))
+"""ZeRO stage and checkpointing in the order of their speed. Published for 7B on eight A800: 5.33, 4.95 and at most 4.69
+and 4.45, so that gathering weights costs less than computing layers twice."""
+MOST_RANKS = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """How a run uses its memory.
+
+    Attributes:
+        budget: positions of the largest micro-batch.
+        memory: of a rank with that micro-batch.
+        fits: whether that is within the card.
+    """
+
+    layout: Layout
+    budget: int
+    memory: Memory
+    fits: bool
+
+
+def memory_limit(config: RunConfig) -> float | None:
+    """Bytes of one card; None where the config names none.
+
+    Raises:
+        UserError: a card that is not in the table.
+    """
+    hardware = config.hardware
+    card = named_card(hardware.card) if hardware.card is not None else None
+    size = hardware.memory_gb or (card.memory_gb if card else None)
+    return None if size is None else size * GB
+
+
+def settle(config: RunConfig) -> RunConfig:
+    """The config with what it leaves to the memory written out: checkpointing, and the positions of a micro-batch.
+
+    What the user has set stays, whether it fits or not: then the plan is advice, not a door.
+
+    Raises:
+        UserError: nothing that is left open makes the longest sample fit, or what `read_shapes` raises.
+    """
+    limit, hardware = memory_limit(config), config.hardware
+    if limit is None:
+        return _with(config, checkpointing=hardware.activation_checkpointing is Checkpointing.on)
+    if config.data.token_budget is not None and hardware.activation_checkpointing is not Checkpointing.auto:
+        return config
+    shapes = read_shapes(config)
+    choice = choose(config, shapes, limit)
+    if not choice.fits and config.data.token_budget is None:
+        raise UserError(
+            f"a sample of data.max_length={config.data.max_length} positions does not fit into the card",
+            found=f"{choice.memory.total / GB:.1f} GB", expected=f"at most {limit / GB:.1f} GB",
+            remedy="; or ".join(remedies(config, shapes, limit)),
+        )  # fmt: skip
+    log.info(
+        "planned from %.0f GB: micro-batches of at most %d positions, activation checkpointing %s",
+        limit / GB, choice.budget, "on" if choice.layout.checkpointing else "off",
+    )  # fmt: skip
+    settled = _with(config, checkpointing=choice.layout.checkpointing)
+    return replace(settled, data=replace(settled.data, token_budget=choice.budget))
+
+
+def choose(config: RunConfig, shapes: Shapes, limit: float | None) -> Choice:
+    """What a run does with its memory: no checkpointing, as far as that is possible and the config leaves it open.
+
+    Args:
+        limit: bytes of the card; None takes what the config says for granted.
+    """
+    asked = config.hardware.activation_checkpointing
+    options = [False, True] if asked is Checkpointing.auto else [asked is Checkpointing.on]
+    if limit is None:
+        options = options[:1]
+    for checkpointing in options:
+        layout = layout_of(config, checkpointing=checkpointing)
+        budget = config.data.token_budget or _planned_budget(config, shapes, layout, limit)
+        memory = memory_at(config, shapes, layout, budget)
+        fits = limit is None or memory.total <= limit
+        if fits:
+            break
+    return Choice(layout=layout, budget=budget, memory=memory, fits=fits)
+
+
+def recommend(config: RunConfig, shapes: Shapes, limit: float) -> Choice | None:
+    """The fastest layout in which several of the longest samples fit together; failing that, one."""
+    layouts = [
+        layout_of(config, zero=zero, checkpointing=checkpointing)
+        for zero, checkpointing in LAYOUTS
+        if config.world_size > 1 or zero == LAYOUTS[0][0]
+    ]
+    for samples in (COMFORTABLE, 1):
+        for layout in layouts:
+            if largest_budget(config, shapes, layout, limit) >= samples * config.data.max_length:
+                budget = _planned_budget(config, shapes, layout, limit)
+                memory = memory_at(config, shapes, layout, budget)
+                return Choice(layout=layout, budget=budget, memory=memory, fits=True)
+    return None
+
+
+def remedies(config: RunConfig, shapes: Shapes, limit: float) -> list[str]:
+    """What would make a run fit that does not: the smallest set of changes, else the card or the ranks it takes."""
+    longest = config.data.max_length
+    changes = {"hardware.activation_checkpointing=on": {"checkpointing": True}}
+    if (config.data.token_budget or 0) > longest:
+        changes[f"data.token_budget={longest}"] = {}
+    if config.world_size > 1 and config.zero.stage < 3:
+        changes["zero=zero3"] = {"zero": 3}
+    current = config.hardware.activation_checkpointing is Checkpointing.on
+    for size in range(1, len(changes) + 1):
+        fitting = []
+        for names in itertools.combinations(changes, size):
+            options = {"checkpointing": current, **{k: v for name in names for k, v in changes[name].items()}}
+            shortened = any(name.startswith("data.") for name in names)
+            budget = longest if shortened else config.data.token_budget or longest
+            if memory_at(config, shapes, layout_of(config, **options), budget).total <= limit:
+                fitting.append(" ".join(names))
+        if fitting:
+            return fitting
+    return _larger(config, shapes, limit)
+
+
+def _larger(config: RunConfig, shapes: Shapes, limit: float) -> list[str]:
+    least = replace(layout_of(config, checkpointing=True), zero=3 if config.world_size > 1 else config.zero.stage)
+    need = memory_at(config, shapes, least, config.data.max_length).total
+    found = [f"a card of at least {need / GB:.0f} GB with hardware.activation_checkpointing=on"]
+    ranks = config.world_size
+    while ranks < MOST_RANKS:
+        ranks *= 2
+        sharded = replace(least, zero=3, ranks=ranks)
+        if memory_at(config, shapes, sharded, config.data.max_length).total <= limit:
+            found.append(f"{ranks} ranks with zero=zero3 hardware.activation_checkpointing=on")
+            break
+    return found
+
+
+def layout_of(config: RunConfig, *, checkpointing: bool, zero: int | None = None) -> Layout:
+    """How a rank of this run holds its state."""
+    is_plain = config.engine is EngineName.plain
+    stage = 0 if is_plain else config.zero.stage if zero is None else zero
+    has_streams = config.hardware.device is not Device.cpu
+    halves = config.hardware.precision is Precision.bf16 or (
+        config.hardware.precision is Precision.auto and has_streams
+    )
+    return Layout(
+        ranks=config.world_size, zero=stage, value_bytes=2 if halves else 4, checkpointing=checkpointing,
+        bucket=config.zero.bucket_size, buckets=2 if config.zero.overlap_comm and has_streams and stage < 3 else 1,
+    )  # fmt: skip
+
+
+def memory_at(config: RunConfig, shapes: Shapes, layout: Layout, budget: int) -> Memory:
+    """With the fullest micro-batch of `budget` positions: every position a target, and as many images as they hold."""
+    batch = MicroBatch(positions=budget, supervised=budget, images=budget // shapes.connector.queries)
+    return rank_memory(shapes, config.stage.trains, layout, batch)
+
+
+def largest_budget(config: RunConfig, shapes: Shapes, layout: Layout, limit: float) -> int:
+    """Most positions of a micro-batch within `limit` bytes; 0 where not even one is."""
+    positions = range(1, config.hardware.micro_batch * config.data.max_length + 1)
+    return _last(positions, lambda budget: memory_at(config, shapes, layout, budget).total <= limit)
+
+
+def _planned_budget(config: RunConfig, shapes: Shapes, layout: Layout, limit: float | None) -> int:
+    longest = config.data.max_length
+    if limit is None:
+        return config.hardware.micro_batch * longest
+    return max(longest, largest_budget(config, shapes, layout, limit) // STEP * STEP)
+
+
+def _last(values: Sequence[int], holds: Callable[[int], bool]) -> int:
+    """The largest of ascending values for which a condition holds that fails for all values behind it; 0 for none."""
+    found = bisect.bisect_left(values, True, key=lambda value: not holds(value))
+    return values[found - 1] if found else 0
+
+
+def _with(config: RunConfig, *, checkpointing: bool) -> RunConfig:
+    state = Checkpointing.on if checkpointing else Checkpointing.off
+    return replace(config, hardware=replace(config.hardware, activation_checkpointing=state))

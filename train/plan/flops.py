@@ -1,0 +1,82 @@
+"""The floating-point operations of training: what the plan and MFU both count."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from train.config import Part
+from train.plan.shapes import ConnectorShape, Shapes, TextShape, VisionShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """An amount of data, of a sample or of a whole step.
+
+    Attributes:
+        positions: of the language model, anchors counted.
+        squares: sum over the samples of their positions squared, which is what attention pays for.
+        supervised: positions whose next token is a target.
+        images: tiles through vision tower and connector.
+    """
+
+    positions: float
+    squares: float
+    supervised: float
+    images: float
+
+    @classmethod
+    def of_sample(cls, shapes: Shapes, *, text: float, supervised: float, images: float) -> Work:
+        """One sample of `text` positions that are not images."""
+        positions = text + images * shapes.connector.queries
+        return cls(positions=positions, squares=positions**2, supervised=supervised, images=images)
+
+
+def model_flops(shapes: Shapes, trains: Collection[Part], work: Work) -> dict[Part, float]:
+    """Forward and backward per part; a product of an (m, k) and a (k, n) matrix counts 2 m k n, all else nothing.
+
+    Backward costs a forward for the gradient of a part's input, needed wherever something in it or before it is
+    trained, and another one for the gradient of its weights, where they are trained. Causal attention counts half of
+    its square. Activations computed a second time are not useful work and do not count (`recomputed_flops`). Source:
+    the accounting of PaLM's appendix B, arXiv 2204.02311.
+    """
+    sees, connects, speaks = (part in trains for part in (Part.vision_tower, Part.connector, Part.language_model))
+    forward = forward_flops(shapes, work)
+    return {
+        Part.vision_tower: forward[Part.vision_tower] * (3 if sees else 1),
+        Part.connector: forward[Part.connector] * (1 + connects + (connects or sees)),
+        Part.language_model: forward[Part.language_model] * (2 + speaks),
+    }
+
+
+def recomputed_flops(shapes: Shapes, work: Work) -> float:
+    """What activation checkpointing of the language model's layers adds: their forward a second time."""
+    return forward_flops(shapes, work)[Part.language_model] - _head(shapes.text, work.supervised)
+
+
+def forward_flops(shapes: Shapes, work: Work) -> dict[Part, float]:
+    """Forward alone, per part."""
+    vision, text = shapes.vision, shapes.text
+    return {
+        Part.vision_tower: work.images * _image(vision),
+        Part.connector: work.images * _connector(shapes.connector, vision, text.width),
+        Part.language_model: text.layers * (2 * text.matrices * work.positions + 2 * text.query * work.squares)
+        + _head(text, work.supervised),
+    }
+
+
+def _image(vision: VisionShape) -> float:
+    tokens, width = vision.attended, vision.width
+    block = 2 * tokens * (4 * width**2 + 2 * width * vision.inner) + 4 * tokens**2 * width
+    return vision.layers * block + 2 * vision.patches * 3 * vision.patch**2 * width
+
+
+def _connector(shape: ConnectorShape, vision: VisionShape, text_width: int) -> float:
+    width, media, queries = vision.width, vision.tokens, shape.queries
+    layer = 2 * media * width * 2 * shape.inner + 4 * queries * media * shape.inner
+    layer += 2 * queries * (2 * width * shape.inner + 2 * shape.ff_mult * width**2)
+    return shape.depth * layer + 2 * queries * (width * text_width + text_width**2)
+
+
+def _head(text: TextShape, supervised: float) -> float:
+    return 2 * text.width * text.vocabulary * supervised

@@ -1,0 +1,199 @@
+"""The bytes that one rank needs, by what they hold: counted from sizes, checked against measured tensors in the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, fields
+
+from train.config import Part
+from train.plan.shapes import ConnectorShape, Shapes, TextShape, VisionShape
+
+MASTER_AND_MOMENTS = 12
+"""Bytes per trained value: fp32 weight and AdamW's two moments."""
+FP32 = 4
+ZERO3_REUSE = 1_000_000_000
+"""DeepSpeed's stage3_max_reuse_distance: parameters that the pass needs again within so many are not given back."""
+ZERO3_PREFETCH = 50_000_000
+"""DeepSpeed's stage3_prefetch_bucket_size, in parameters."""
+LOSS_CHUNK = 2 * 2**26
+"""Cross-entropy (`anchorformer.kernels.cross_entropy`) takes 64 MiB of fp32 logits at a time, and their exponential."""
+CONTEXT = 1_500_000_000
+"""CUDA context, NCCL's buffers and the libraries' workspaces. Assumed, not counted; torch's own peak leaves it out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a rank holds the model's state.
+
+    Attributes:
+        ranks: over all nodes.
+        zero: ZeRO stage; 0 also stands for the plain engine.
+        value_bytes: of a weight or activation: 2 in bf16, 4 in fp32.
+        checkpointing: whether the language model's layers are computed again in backward.
+        bucket: elements of a gradient bucket.
+        buckets: how many of them there are; two where reduction overlaps with backward.
+        lean: whether norms, gates and cross-entropy keep as little as `anchorformer.lean` makes them keep.
+    """
+
+    ranks: int
+    zero: int
+    value_bytes: int
+    checkpointing: bool
+    bucket: int
+    buckets: int
+    lean: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """What one forward sees.
+
+    Attributes:
+        positions: of the language model, anchors counted.
+        supervised: positions whose logits are computed.
+        images: tiles.
+    """
+
+    positions: int
+    supervised: int
+    images: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of one rank at its fullest moment: the end of a forward, when the logits' gradient is taken.
+
+    Attributes:
+        weights: all parts, in the dtype they compute in; under ZeRO-3 this rank's share and the layers in use.
+        optimizer: this rank's fp32 weights and moments.
+        gradients: sums of this rank and buckets of those under way.
+        activations: kept for backward.
+        logits: logits of the supervised positions and their gradient, or the gradients inside the last layer, whichever
+            is more.
+        context: what is not torch's.
+    """
+
+    weights: float
+    optimizer: float
+    gradients: float
+    activations: float
+    logits: float
+    context: float = CONTEXT
+
+    @property
+    def allocated(self) -> float:
+        """What `torch.cuda.max_memory_allocated` should say."""
+        return self.total - self.context
+
+    @property
+    def total(self) -> float:
+        return float(sum(getattr(self, field.name) for field in fields(self)))
+
+
+def rank_memory(shapes: Shapes, trains: Collection[Part], layout: Layout, batch: MicroBatch) -> Memory:
+    """The fullest moment of a step of one rank with this micro-batch."""
+    counts = shapes.parameters
+    total, trained = sum(counts.values()), sum(counts[part] for part in trains)
+    weights, optimizer, gradients = _state(shapes.text, layout, total, trained)
+    kept, transient = _activations(shapes, trains, layout, batch)
+    return Memory(
+        weights=weights, optimizer=optimizer, gradients=gradients, activations=kept,
+        logits=max(transient, _logits(shapes.text, layout, batch)),
+    )  # fmt: skip
+
+
+def _state(text: TextShape, layout: Layout, total: int, trained: int) -> tuple[float, float, float]:
+    """Weights, optimizer and gradients, as `train.engine` makes DeepSpeed hold them."""
+    size, mine = layout.value_bytes, trained / layout.ranks
+    weights: float = size * total
+    if layout.zero == 3:
+        # At the turn from forward to backward the way to a parameter and back again is within the distance for half of
+        # it. Besides: the layer being computed, and the one being fetched.
+        live = ZERO3_REUSE / 2 + text.matrices + ZERO3_PREFETCH
+        weights = weights / layout.ranks + size * min(live, total)
+    if layout.zero == 0:
+        # In fp32 the weights themselves are what the optimizer updates.
+        optimizer: float = (MASTER_AND_MOMENTS if size < FP32 else MASTER_AND_MOMENTS - FP32) * trained
+        gradients: float = (size + FP32) * trained if size < FP32 else size * trained
+    else:
+        optimizer = MASTER_AND_MOMENTS * mine
+        gradients = (FP32 * mine if layout.zero >= 2 else size * trained) + layout.buckets * layout.bucket * size
+    return weights, optimizer, gradients
+
+
+def _activations(
+    shapes: Shapes, trains: Collection[Part], layout: Layout, batch: MicroBatch
+) -> tuple[float, float]:  # fmt: skip
+    """What is kept for backward, and the gradients at work inside one layer of the language model."""
+    size, text, vision = layout.value_bytes, shapes.text, shapes.vision
+    layer = text_layer(text, size, trained=Part.language_model in trains, lean=layout.lean) * batch.positions
+    entrance = size * text.width * batch.positions
+    # The last norm's input, and the supervised rows that the head reads.
+    exit_ = entrance if layout.lean else norm_input(text.width, size) * batch.positions
+    kept = (text.layers * entrance + layer if layout.checkpointing else text.layers * layer) + exit_
+    kept += size * text.width * batch.supervised
+    if Part.connector in trains or Part.vision_tower in trains:
+        kept += connector(shapes.connector, vision, text.width, size) * batch.images
+    if Part.vision_tower in trains:
+        kept += vision.layers * vision_layer(vision, size) * vision.attended * batch.images
+    at_work = size * (4 * text.inner + 2 * text.width) * batch.positions
+    return kept, at_work
+
+
+def _logits(text: TextShape, layout: Layout, batch: MicroBatch) -> float:
+    logits = text.vocabulary * batch.supervised
+    if layout.lean:
+        return 2 * layout.value_bytes * logits + min(LOSS_CHUNK, 2 * FP32 * logits)
+    # The log-probabilities, the gradient of the sum and that of the logits, all in fp32, and the logits' own.
+    return (3 * FP32 + layout.value_bytes) * logits
+
+
+# What one layer keeps for backward. Weights are no part of it; a tensor that two operations keep counts once.
+
+
+def text_layer(text: TextShape, size: int, *, trained: bool, lean: bool) -> float:
+    """Bytes per position of one layer of a Llama-like language model with fused attention.
+
+    | kept by | lean | as transformers writes it | more where weights are trained |
+    |---|---|---|---|
+    | both norms | input and 1 / rms | input in fp32 and 1 / rms | the input of the matrices behind it; as written also the normed value |
+    | attention | queries, keys, values, output and the fp32 logsumexp | the same | |
+    | gated feed-forward | gate and up | gate, up and silu(gate) | the input of the last matrix |
+    """  # noqa: E501
+    norms = 2 * (size * text.width if lean else norm_input(text.width, size)) + 2 * FP32
+    attention = size * (2 * text.query + 2 * text.key) + FP32 * text.heads
+    gates = size * text.inner * (2 if lean else 3)
+    inputs = size * (2 * text.width * (1 if lean else 2) + text.inner)
+    return norms + attention + gates + (inputs if trained else 0)
+
+
+def norm_input(width: int, size: int) -> float:
+    """Bytes per position of what transformers' RMSNorm keeps of its input: an fp32 copy, or in fp32 the input itself."""
+    return max(size, FP32) * width
+
+
+def vision_layer(vision: VisionShape, size: int) -> float:
+    """Bytes per token of one trained block with fused attention: two norms, attention, two matrices.
+
+    Each norm keeps its input and its output, the attention queries, keys, values, output and logsumexp, the feed-forward
+    its first product and the activated one; quick_gelu keeps a sigmoid besides, DINOv2 what its two scales multiply.
+    """
+    hidden = 3 if vision.activation == "quick_gelu" else 2
+    width = 8 + 2 * vision.scales_layers
+    return size * (width * vision.width + hidden * vision.inner) + FP32 * (vision.heads + 4)
+
+
+def connector(shape: ConnectorShape, vision: VisionShape, text_width: int, size: int) -> float:
+    """Bytes per image of a trained connector.
+
+    The visual tokens are kept normed, by each layer for itself (and once as they are) or, folded, once for all; then
+    keys and values of each layer. Of the queries a layer keeps both residuals, both normed, the projected ones, the
+    attention's output, and the feed-forward before and after GELU.
+    """
+    media, queries, width = vision.tokens, shape.queries, vision.width
+    normed = media * width * (1 if shape.folds or not shape.depth else shape.depth + 1)
+    of_media = 2 * media * shape.inner
+    of_queries = queries * (4 * width + 2 * shape.inner + 2 * shape.ff_mult * width)
+    exit_ = 2 * queries * (width * (shape.depth > 0) + text_width)
+    statistics = shape.depth * FP32 * (2 * media + 4 * queries + shape.heads * queries)
+    return size * (normed + shape.depth * (of_media + of_queries) + exit_) + statistics

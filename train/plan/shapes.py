@@ -1,0 +1,315 @@
+"""The sizes that arithmetic and memory follow from, as configurations on disk state them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anchorformer.errors import UserError
+from anchorformer.schema import TARGET
+from train.config import Part, RunConfig
+
+_VIT = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224}
+VISION_DEFAULTS: dict[str, dict[str, Any]] = {
+    "clip_vision_model": {**_VIT, "intermediate_size": 3072, "patch_size": 32, "hidden_act": "quick_gelu"},
+    "siglip_vision_model": {**_VIT, "intermediate_size": 3072, "patch_size": 16, "hidden_act": "gelu_pytorch_tanh"},
+    "dinov2": {**_VIT, "mlp_ratio": 4, "patch_size": 14, "hidden_act": "gelu"},
+    "dinov2_with_registers": {
+        **_VIT, "mlp_ratio": 4, "patch_size": 16, "hidden_act": "gelu", "num_register_tokens": 4,
+    },
+}  # fmt: skip
+_LLAMA = {
+    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": None, "vocab_size": 32000,
+}  # fmt: skip
+TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": _LLAMA,
+    "mistral": {**_LLAMA, "intermediate_size": 14336, "num_key_value_heads": 8},
+    "qwen2": {**_LLAMA, "intermediate_size": 22016, "num_key_value_heads": 32, "vocab_size": 151936},
+}
+"""What transformers takes where a config.json says nothing, per family that the plan knows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionShape:
+    """A vision tower, cut behind the tapped layer.
+
+    Attributes:
+        layers: blocks that run.
+        prefix: tokens before the patches: [CLS] and registers.
+        activation: as Hugging Face names it.
+        parameters: of what is kept.
+    """
+
+    width: int
+    inner: int
+    layers: int
+    heads: int
+    patch: int
+    image_size: int
+    prefix: int
+    has_cls: bool
+    activation: str
+    scales_layers: bool
+    parameters: int
+
+    @property
+    def patches(self) -> int:
+        return (self.image_size // self.patch) ** 2
+
+    @property
+    def attended(self) -> int:
+        """Tokens in its attention, registers counted."""
+        return self.patches + self.prefix
+
+    @property
+    def tokens(self) -> int:
+        """N: tokens that it hands on, registers not counted."""
+        return self.patches + self.has_cls
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextShape:
+    """A Llama-like language model.
+
+    Attributes:
+        query, key: width of all query heads and of all key heads together.
+        matrices: weights of one layer that multiply every position.
+        parameters: all of them.
+    """
+
+    width: int
+    inner: int
+    layers: int
+    heads: int
+    query: int
+    key: int
+    vocabulary: int
+    matrices: int
+    parameters: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectorShape:
+    """Cross-attention layers and a two-layer projector.
+
+    Attributes:
+        queries: embeddings per image.
+        depth: cross-attention layers; 0 is the projector alone.
+        inner: width of all heads of a layer together.
+        ff_mult: inner width of a layer's feed-forward, as a multiple of the vision width.
+        learns_queries: whether the queries are parameters.
+        folds: whether keys and values of all layers come from one product.
+    """
+
+    queries: int
+    depth: int = 0
+    inner: int = 0
+    ff_mult: int = 0
+    heads: int = 0
+    learns_queries: bool = False
+    folds: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """All sizes of a model."""
+
+    vision: VisionShape
+    connector: ConnectorShape
+    text: TextShape
+
+    @property
+    def parameters(self) -> dict[Part, int]:
+        """Per part."""
+        return {
+            Part.vision_tower: self.vision.parameters,
+            Part.connector: _connector_parameters(self.connector, self.vision.width, self.text.width),
+            Part.language_model: self.text.parameters,
+        }
+
+
+def shapes_of(
+    vision: Mapping[str, Any], text: Mapping[str, Any], selector: Mapping[str, Any], connector: Mapping[str, Any]
+) -> Shapes:
+    """
+    Args:
+        vision, text: the backbones' config.json; of a two-tower model the half that sees is taken.
+        selector, connector: plug-in mappings with all of their fields.
+
+    Raises:
+        UserError: a family, selector or connector whose cost is not written down here.
+    """
+    tower = _vision(vision.get("vision_config") or vision, _field(selector, "selector", "layer"))
+    anchors = _row(selector, "selector", _SELECTORS)(selector, tower)
+    return Shapes(
+        vision=tower, connector=_row(connector, "connector", _CONNECTORS)(connector, anchors), text=_text(text)
+    )
+
+
+def read_shapes(config: RunConfig) -> Shapes:
+    """The sizes of a run's model, from the folder it starts from, where there is one, or from its backbones.
+
+    Raises:
+        UserError: a backbone whose config.json is neither on this machine nor published under `model.published`, one
+            that contradicts what is published; and what `shapes_of` raises.
+    """
+    model = config.model
+    start = _start(config)
+    if start is not None:
+        vision, text = start["vision_config"], start["text_config"]
+    else:
+        vision, text = (_backbone(name, model.published) for name in (model.vision, model.language_model))
+    return shapes_of(vision, text, model.selector, model.connector)
+
+
+def _start(config: RunConfig) -> dict[str, Any] | None:
+    if config.init_from is None:
+        return None
+    files = (Path(config.init_from) / "model" / "config.json", Path(config.init_from) / "config.json")
+    return next((json.loads(file.read_text()) for file in files if file.is_file()), None)
+
+
+def _backbone(name: str, published: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    file, stated = _config_file(name), published.get(name)
+    if file is None:
+        if stated is None:
+            raise UserError(
+                f"the shape of {name} is not known here", found="no config.json in that folder or in the hub's cache",
+                expected="that file, or the shape under model.published", remedy=f"hf download {name} config.json",
+            )  # fmt: skip
+        return dict(stated)
+    found: dict[str, Any] = json.loads(file.read_text())
+    facts = {**found, **found.get("vision_config", {})}
+    wrong = {key: value for key, value in (stated or {}).items() if facts.get(key, value) != value}
+    if wrong:
+        raise UserError(
+            f"{name} is not what model.published says", found=f"{ {key: facts[key] for key in wrong} } in {file}",
+            expected=f"{wrong}", remedy="correct model.published, or name another model",
+        )  # fmt: skip
+    return found
+
+
+def _config_file(name: str) -> Path | None:
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        file = folder / "config.json"
+        return file if file.is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:  # a path, not an id
+        return None
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def _vision(config: Mapping[str, Any], layer: int) -> VisionShape:
+    family, get = _family(config, VISION_DEFAULTS, "vision tower")
+    width, patch, is_dino = get("hidden_size"), get("patch_size"), family.startswith("dinov2")
+    inner = int(width * get("mlp_ratio")) if is_dino else get("intermediate_size")
+    if config.get("use_swiglu_ffn"):
+        raise UserError(
+            "the plan knows no gated feed-forward in a vision tower", found="use_swiglu_ffn", expected="a plain one",
+            remedy="choose another vision tower, or set data.token_budget yourself",
+        )  # fmt: skip
+    layers = layer if layer >= 0 else get("num_hidden_layers") + 1 + layer
+    has_cls = family != "siglip_vision_model"
+    prefix = has_cls + (get("num_register_tokens") if family == "dinov2_with_registers" else 0)
+    patches = (get("image_size") // patch) ** 2
+    # Matrices with biases, two norms; DINOv2 also scales what each of the two halves of a block adds.
+    block = 4 * width * (width + 1) + 2 * width * inner + inner + width + 4 * width + 2 * width * is_dino
+    positions = patches + has_cls
+    around = 3 * patch**2 * width + (prefix + positions) * width
+    around += 2 * width if family == "clip_vision_model" else width  # its norm before the blocks, or a patch bias
+    return VisionShape(
+        width=width, inner=inner, layers=layers, heads=get("num_attention_heads"), patch=patch,
+        image_size=get("image_size"), prefix=prefix, has_cls=has_cls, activation=get("hidden_act"),
+        scales_layers=is_dino, parameters=around + layers * block,
+    )  # fmt: skip
+
+
+def _text(config: Mapping[str, Any]) -> TextShape:
+    family, get = _family(config, TEXT_DEFAULTS, "language model")
+    width, inner, layers, heads = (
+        get(name) for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    )
+    head_width = config.get("head_dim") or width // heads
+    query, key = heads * head_width, (get("num_key_value_heads") or heads) * head_width
+    matrices = 2 * width * query + 2 * width * key + 3 * width * inner
+    biases = query + 2 * key if family == "qwen2" or config.get("attention_bias") else 0
+    biases += width if config.get("attention_bias") else 0
+    biases += 2 * inner + width if config.get("mlp_bias") else 0
+    embeddings = get("vocab_size") * width * (1 if config.get("tie_word_embeddings") else 2)
+    return TextShape(
+        width=width, inner=inner, layers=layers, heads=heads, query=query, key=key, vocabulary=get("vocab_size"),
+        matrices=matrices, parameters=layers * (matrices + biases + 2 * width) + embeddings + width,
+    )  # fmt: skip
+
+
+def _family(
+    config: Mapping[str, Any], defaults: Mapping[str, Mapping[str, Any]], what: str
+) -> tuple[str, Callable[[str], Any]]:
+    family = str(config.get("model_type"))
+    if family not in defaults:
+        raise UserError(
+            f"the plan does not know this {what}", found=f"model_type={family}", expected=f"one of {sorted(defaults)}",
+            remedy="add its family to train/plan/shapes.py, or set data.token_budget yourself",
+        )  # fmt: skip
+    # A value of null in config.json means the default as well.
+    return family, lambda name: defaults[family][name] if config.get(name) is None else config[name]
+
+
+def _connector_parameters(shape: ConnectorShape, vision_width: int, text_width: int) -> int:
+    width = vision_width
+    layer = 6 * width + 4 * width * shape.inner + 2 * shape.ff_mult * width**2
+    stack = shape.depth * layer + 2 * width if shape.depth else 0
+    learned = shape.queries * width if shape.learns_queries else 0
+    return stack + learned + (width + 1 + text_width + 1) * text_width
+
+
+def _cross(spec: Mapping[str, Any], queries: int, *, learns_queries: bool = False) -> ConnectorShape:
+    heads, head_dim, depth, mult = (
+        _field(spec, "connector", name) for name in ("num_heads", "head_dim", "depth", "ff_mult")
+    )
+    return ConnectorShape(
+        queries=queries, depth=depth, inner=heads * head_dim, ff_mult=mult, heads=heads,
+        learns_queries=learns_queries, folds=bool(spec.get("fold_kv")),
+    )  # fmt: skip
+
+
+def _row(spec: Mapping[str, Any], what: str, rows: Mapping[str, Any]) -> Any:
+    target = str(spec.get(TARGET))
+    if target not in rows:
+        raise UserError(
+            f"the plan does not know what this {what} costs", found=target, expected=f"one of {sorted(rows)}",
+            remedy="add its row to train/plan/shapes.py, or set data.token_budget yourself",
+        )  # fmt: skip
+    return rows[target]
+
+
+def _field(spec: Mapping[str, Any], what: str, name: str) -> Any:
+    if name not in spec:
+        raise UserError(
+            f"model.{what}.{name} is not written out", found=f"{spec}", expected="every field of the plug-in",
+            remedy=f"choose it by its YAML, {what}=...",
+        )  # fmt: skip
+    return spec[name]
+
+
+# Rows are found by class path, so that nothing has to be imported that would load torch.
+_SELECTORS: dict[str, Callable[[Mapping[str, Any], VisionShape], int]] = {
+    "anchorformer.selectors.anchor.AnchorSelectorConfig": lambda spec, _: _field(spec, "selector", "num_anchors"),
+    "anchorformer.selectors.all.AllSelectorConfig": lambda _, tower: tower.patches,
+}
+_CONNECTORS: dict[str, Callable[[Mapping[str, Any], int], ConnectorShape]] = {
+    "anchorformer.connectors.anchor_former.AnchorFormerConnectorConfig": _cross,
+    "anchorformer.connectors.mlp.MlpConfig": lambda _, anchors: ConnectorShape(queries=anchors),
+    "anchorformer.connectors.resampler.ResamplerConfig": lambda spec, _: _cross(
+        spec, _field(spec, "connector", "num_queries"), learns_queries=True
+    ),
+}

@@ -1,0 +1,55 @@
+"""Says before anything is loaded what a run needs: memory of a rank, arithmetic, hours and cost; ends with 2 if it does
+not fit.
+
+`python -m train plan experiment=... hardware=... [stage=...] [key=value ...]`; without a stage both are planned. Neither
+data nor a start model has to be there. What cannot be known is said by flags: --mfu=0.4 (share of the peak), --price=
+(of a card for an hour), --samples= (of an epoch), --text= and --supervised= (positions of a mean sample), --images=.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from anchorformer.errors import UserError
+from train.compose import compose
+from train.config import StageName
+from train.plan.table import Assumptions, plan_stage, render
+
+NOT_THERE_YET = "not-there-yet"
+
+
+def main(arguments: list[str]) -> int:
+    """
+    Raises:
+        UserError: a stage that does not fit, with what would; and what `compose` and `plan_stage` raise.
+    """
+    overrides, assumed = _read(arguments)
+    keys = {text.split("=", 1)[0].lstrip("+") for text in overrides}
+    stages = [] if "stage" in keys else [f"stage={stage.value}" for stage in StageName]
+    misfits = []
+    for stage in stages or [None]:
+        given = [*overrides, *([stage] if stage else [])]
+        if "init_from" not in keys:
+            given.append(f"init_from={NOT_THERE_YET}")
+        plan = plan_stage(compose(given, stand_ins={"data.root": NOT_THERE_YET}))
+        print(render(plan, assumed) + "\n")
+        if plan.remedies:
+            misfits.append(plan)
+    for plan in misfits:
+        raise UserError(
+            f"stage {plan.config.stage.name.value} does not fit", found=f"{plan.choice.memory.total / 1e9:.1f} GB",
+            expected=f"at most {(plan.limit or 0) / 1e9:.1f} GB", remedy="; or ".join(plan.remedies),
+        )  # fmt: skip
+    return 0
+
+
+def _read(arguments: list[str]) -> tuple[list[str], Assumptions]:
+    parser = argparse.ArgumentParser(prog="python -m train plan", add_help=False)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--mfu", type=float, default=0.4)
+    for name in ("price", "text", "supervised"):
+        parser.add_argument(f"--{name}", type=float)
+    parser.add_argument("--samples", type=int)
+    parser.add_argument("--images", type=float, default=1.0)
+    values = vars(parser.parse_intermixed_args(arguments))
+    return values.pop("overrides"), Assumptions(**values)
