@@ -140,15 +140,22 @@ def check_folder(
     return config
 
 
-def load_model(folder: Path, dtype: torch.dtype) -> AnchorFormerForConditionalGeneration:
+def load_model(
+    folder: Path, dtype: torch.dtype, connector: Mapping[str, Any] | None = None
+) -> AnchorFormerForConditionalGeneration:
     """The model of a folder, every tensor from the files; call `check_folder` first for errors in plain words.
+
+    Args:
+        connector: the connector as `check_folder` has compared it, where it is to be run with options of its own; that
+            of the folder otherwise.
 
     Raises:
         UserError: a tensor missing, left over or of another shape.
     """
     model, info = AnchorFormerForConditionalGeneration.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, output_loading_info=True
-    )
+        folder, dtype=dtype, local_files_only=True, output_loading_info=True,
+        **({"connector": dict(connector)} if connector else {}),
+    )  # fmt: skip
     wrong = {key: sorted(map(str, value)) for key, value in info.items() if key.endswith("_keys") and value}
     if wrong:
         raise UserError(

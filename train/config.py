@@ -242,7 +242,7 @@ def check(config: RunConfig) -> None:
 
     Raises:
         UserError: global batch not divisible by the ranks, both or none of epochs and max_steps, finetune
-            without `init_from`, unknown template or ZeRO stage, compiled parts under ZeRO-3.
+            without `init_from`, unknown template or ZeRO stage, compiled parts or a folded connector under ZeRO-3.
     """
     stage, hardware = config.stage, config.hardware
     if stage.global_batch % config.world_size:
@@ -275,6 +275,12 @@ def check(config: RunConfig) -> None:
             "compiled parts do not go with ZeRO-3, which fetches weights by hooks inside of them",
             found=f"hardware.compile={[part.value for part in hardware.compile]}, zero.stage=3",
             expected="hardware.compile=[], or zero.stage up to 2", remedy="set hardware.compile=[]",
+        )  # fmt: skip
+    if config.zero.stage == 3 and config.model.connector.get("fold_kv"):
+        raise UserError(
+            "the connector's folded product does not go with ZeRO-3, which fetches weights by hooks of their modules",
+            found="model.connector.fold_kv=true, zero.stage=3",
+            expected="model.connector.fold_kv=false, or zero.stage up to 2", remedy="set model.connector.fold_kv=false",
         )  # fmt: skip
     if stage.template not in TEMPLATE_NAMES:
         raise UserError(

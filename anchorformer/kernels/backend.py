@@ -68,22 +68,9 @@ def choose(device: torch.device, dtype: torch.dtype, num_positions: int, head_wi
     return _log(Backend.sdpa, device, dtype, f"rows of more than {limit} positions")
 
 
-def rows_run_on_liger(device: torch.device) -> bool:
-    """Whether what looks at one row at a time (RMSNorm, SwiGLU, RoPE) runs on Liger's kernels or on its plain twin."""
-    return device.type == "cuda" and _liger_is_chosen()
-
-
 def bf16_is_fast_on_cpu() -> bool:
     """Whether this CPU multiplies bf16 matrices in hardware (AVX-512-BF16 or AMX); fp32 is faster without."""
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-@cache
-def _liger_is_chosen() -> bool:
-    is_installed = importlib.util.find_spec("liger_kernel") is not None
-    logger.info("norms, gates and rotations on cuda: %s", "liger" if is_installed else "torch (no liger_kernel here)")
-    return is_installed
 
 
 @cache
@@ -131,6 +118,7 @@ def use(kernels: str) -> None:
         raise _unavailable(obstacle)
     _asked_for = kernels
     _kernels_on.cache_clear()
+    _rows_run_on_liger.cache_clear()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -141,6 +129,12 @@ def kernels_on(device: torch.device) -> Kernels:
         UserError: `triton` was asked for, and this device cannot run it.
     """
     return _kernels_on(device.type)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def rows_run_on_liger(device: torch.device) -> bool:
+    """Whether what looks at one row at a time (RMSNorm, SwiGLU, RoPE) runs on Liger's kernels or on its plain twin."""
+    return _rows_run_on_liger(device.type)
 
 
 def triton_obstacle() -> str | None:
@@ -176,6 +170,19 @@ def _kernels_on(device_type: str) -> Kernels:
         reason = obstacle or reason
     logger.info("anchor kernels on %s: %s (%s)", device_type, chosen.value, reason)
     return chosen
+
+
+@cache
+def _rows_run_on_liger(device_type: str) -> bool:
+    if device_type != "cuda" or _asked_for == Kernels.torch:
+        reason = "asked for" if device_type == "cuda" else f"the default on {device_type}"
+    elif importlib.util.find_spec("liger_kernel") is None:
+        reason = "liger_kernel is not installed"
+    else:
+        logger.info("norms, gates and rotations on cuda: liger (it is installed)")
+        return True
+    logger.info("norms, gates and rotations on %s: torch (%s)", device_type, reason)
+    return False
 
 
 def _unavailable(obstacle: str) -> UserError:
