@@ -47,7 +47,7 @@ class _Fold(torch.autograd.Function):
         return folded_LEV.flatten(0, 1).to(dtype), bias_LE.flatten().to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad_weight: Tensor, grad_bias: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_weight: Tensor, grad_bias: Tensor) -> tuple[Tensor, ...]:
         weight_LEV, gain_LV, shift_LV = _stack(ctx.saved_tensors)
         grad_LEV, grad_LE = grad_weight.to(weight_LEV).view_as(weight_LEV), grad_bias.to(weight_LEV)
         grad_LE = grad_LE.view(weight_LEV.shape[:2])

@@ -121,7 +121,7 @@ def use(kernels: str) -> None:
     _rows_run_on_liger.cache_clear()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def kernels_on(device: torch.device) -> Kernels:
     """Who computes the operations of `Kernels` on this kind of device; chosen once, with the reason in the log.
 
@@ -131,7 +131,7 @@ def kernels_on(device: torch.device) -> Kernels:
     return _kernels_on(device.type)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def rows_run_on_liger(device: torch.device) -> bool:
     """Whether what looks at one row at a time (RMSNorm, SwiGLU, RoPE) runs on Liger's kernels or on its plain twin."""
     return _rows_run_on_liger(device.type)

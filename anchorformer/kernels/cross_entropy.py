@@ -39,7 +39,7 @@ class _CrossEntropySum(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         logits_QC, targets_Q, lse_Q = ctx.saved_tensors
         grad_QC = torch.empty_like(logits_QC)
         for rows in _chunks(logits_QC):

@@ -28,7 +28,7 @@ class _GeluLinear(torch.autograd.Function):
         return F.linear(F.gelu(x), weight_OI)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight_OI = ctx.saved_tensors
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:

@@ -46,7 +46,7 @@ class _RmsNorm(torch.autograd.Function):
         return weight_D * (x_fp32 * rstd).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight_D, rstd = ctx.saved_tensors
         normed = x.float() * rstd
         grad_normed = (grad * weight_D).float()
