@@ -1,20 +1,31 @@
-"""torchrun with the exit code of the rank that failed first, and one line about it in place of a traceback.
+"""torchrun with an exit code and a line that say why it ended, and no restart of ranks that ended on purpose.
 
 `python -m train.agent` takes torchrun's own arguments, the last one a run folder. torchrun itself ends with 1 whatever
-its ranks ended with, so that a user's mistake (2), a halted run (3) and a crash could not be told apart.
+its ranks ended with, so that a user's mistake (2), a halted run (3), a hang (4), an interruption (75) and a crash could
+not be told apart.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
+import threading
+import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing.api import SignalException, SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher import api as launcher
 from torch.distributed.run import parse_args, run
 
+from train import interrupt
+from train.black_box import first_to_fail
 from train.folder import RunFolder
 
 ELASTIC = "torch.distributed.elastic"
@@ -24,31 +35,91 @@ def main(arguments: list[str]) -> int:
     """Runs this node's ranks to their end.
 
     Returns:
-        0; what HALTED.json says, where the ranks left one; else the exit code of the rank that failed first, or 128 +
-        the signal that ended it or this process.
+        0; what HALTED.json says, or 75 behind INTERRUPTED, where the ranks left one; else the exit code of the rank
+        that failed first, or 128 + the signal that ended it or this process.
     """
     folder = RunFolder(Path(arguments[-1]))
     _hush(folder)
+    launcher.LocalElasticAgent = partial(Agent, folder)  # type: ignore[misc,assignment]
     try:
         run(parse_args(arguments))
     except ChildFailedError as error:
-        if folder.halted.is_file():
-            # The ranks have said why; one that lost its peers meanwhile may have ended first, with another code.
-            return int(json.loads(folder.halted.read_text())["exit_code"])
-        rank, failure = error.get_first_failure()
-        print(f"rank {rank} ended first, with {failure.exitcode}: see {folder.log(rank)}", file=sys.stderr)
-        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+        return _explain(folder, {rank: failure.exitcode for rank, failure in error.failures.items()})
     except SignalException as error:
+        code = _last_word(folder)
+        if code is not None:
+            return code
         print(f"stopped by {error.sigval.name}", file=sys.stderr)
         return 128 + error.sigval.value
     return 0
+
+
+class Agent(LocalElasticAgent):
+    """torchrun's agent, whose ranks may end on purpose, and which ends when nothing is left to be an agent of."""
+
+    GRACE = 20
+    """Seconds without a living rank after which an agent that has not noticed is taken for stuck."""
+
+    def __init__(self, folder: RunFolder, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._folder = folder
+        threading.Thread(target=self._leave_if_stuck, name="stuck agent", daemon=True).start()
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result = super()._monitor_workers(worker_group)
+        if result.is_failed():
+            if _last_word(self._folder) is not None:
+                # They would only come to the same end again.
+                self._remaining_restarts = 0
+            elif self._remaining_restarts > 0:
+                _explain(self._folder, {rank: failure.exitcode for rank, failure in result.failures.items()})
+                print(f"all ranks are started again; {self._remaining_restarts - 1} restart(s) left", file=sys.stderr)
+        return result
+
+    def _leave_if_stuck(self) -> None:
+        """A node that is cut off waits for a store that it cannot reach any more, with its ranks long gone."""
+        seconds = 0
+        while seconds < self.GRACE:
+            time.sleep(1.0)
+            state = self._worker_group.state
+            is_idle = state is WorkerState.HEALTHY or (state is WorkerState.FAILED and not self._remaining_restarts)
+            codes = self._exit_codes() if is_idle else {}
+            seconds = seconds + 1 if len(codes) == len(self._worker_group.workers) else 0
+        print("this node's ranks have ended and its agent cannot reach the others: it leaves", file=sys.stderr)
+        os._exit(_explain(self._folder, codes))
+
+    def _exit_codes(self) -> dict[int, int]:
+        """Of those of this node's ranks that have ended."""
+        handlers = self._pcontext.subprocess_handlers if isinstance(self._pcontext, SubprocessContext) else {}
+        ranks = [worker.global_rank for worker in self._worker_group.workers]
+        ended = {ranks[local]: handler.proc.poll() for local, handler in handlers.items()}
+        return {rank: code for rank, code in ended.items() if code is not None}
+
+
+def _last_word(folder: RunFolder) -> int | None:
+    """The exit code that the ranks themselves have decided on; None where they have not."""
+    if folder.halted.is_file():
+        # One that lost its peers meanwhile may have ended first, with another code.
+        return int(json.loads(folder.halted.read_text())["exit_code"])
+    return interrupt.EXIT_CODE if folder.interrupted.is_file() else None
+
+
+def _explain(folder: RunFolder, exit_codes: dict[int, int]) -> int:
+    """Says who failed first, where the ranks have not said so themselves, and returns this node's exit code."""
+    code = _last_word(folder)
+    if code is not None:
+        return code
+    rank, line = first_to_fail(folder, exit_codes)
+    print(f"first to fail: {line}\nmore in {folder.black_boxes} and {folder.log(rank).parent}", file=sys.stderr)
+    code = exit_codes.get(rank) or next((code for code in exit_codes.values() if code), 1)
+    return code if code > 0 else 128 - code
 
 
 def _hush(folder: RunFolder) -> None:
     """Keeps torchrun's own account of the ranks' end to itself where they have left theirs."""
 
     def is_news(_: logging.LogRecord) -> bool:
-        return not folder.halted.is_file()
+        return _last_word(folder) is None
 
     # A filter counts for its own logger only, not for those below it.
     for name in [name for name in logging.root.manager.loggerDict if name.startswith(ELASTIC)]:

@@ -9,14 +9,15 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from anchorformer.errors import UserError
-from train.config import Device
+from train.config import Device, WatchdogConfig
 
 T = TypeVar("T")
 
-TIMEOUT = timedelta(minutes=30)
-"""Longest wait in a collective; loading and exporting large models on a slow disk fit in."""
+TIMEOUT = timedelta(seconds=WatchdogConfig().collective_seconds)
+"""Longest wait in a collective of a process that has no run's configuration."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,23 @@ class World:
         if self.control is not None:
             dist.barrier(group=self.control)
 
+    def settle(self, problem: UserError | None) -> None:
+        """Raises on every rank what went wrong on one of them, so that none waits for another that has left."""
+        for found in self.gather(problem):
+            if found is not None:
+                raise found
+
 
 def alone(device: torch.device | None = None) -> World:
     """A world of one process, without a process group."""
     return World(rank=0, size=1, device=device or torch.device("cpu"))
 
 
-def start(device: Device) -> World:
+def start(device: Device, timeout: timedelta = TIMEOUT) -> World:
     """Joins the process group that torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*) describes.
+
+    Args:
+        timeout: longest wait in a collective of the groups made here; see `bound_waits` for all others.
 
     Raises:
         UserError: a CUDA device is asked for and this machine has too few, or torchrun did not start this process.
@@ -87,9 +97,25 @@ def start(device: Device) -> World:
     if place.type == "cuda":
         torch.cuda.set_device(place)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=TIMEOUT)
-    control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=timeout)
+    control = dist.new_group(backend="gloo", timeout=timeout)
     return World(rank=rank, size=size, device=place, control=control)
+
+
+def bound_waits(timeout: timedelta) -> int:
+    """Gives every process group that exists the same longest wait; call it when the engine has made its own.
+
+    DeepSpeed passes its timeout to the first group only; those it makes for ZeRO keep torch's default of 10 or 30
+    minutes, so that a rank would wait in ZeRO's collectives for longer, or shorter, than the run's configuration says.
+    Both names are private to torch; a test watches them.
+
+    Returns:
+        How many groups there are.
+    """
+    groups = list(distributed_c10d._world.pg_map) if dist.is_initialized() else []
+    for group in groups:
+        distributed_c10d._set_pg_timeout(timeout, group)
+    return len(groups)
 
 
 def choose_device(device: Device, local_rank: int) -> torch.device:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,6 +116,15 @@ def write_atomically(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     partial.replace(path)
     sync_folder(path.parent)
+
+
+def cannot_write(path: Path, error: Exception) -> UserError:
+    """What a full or read-only disk has answered, with the room that it has."""
+    place = next(folder for folder in (path, *path.parents) if folder.is_dir())
+    return UserError(
+        f"{path} cannot be written", found=f"{str(error).splitlines()[0]}; {shutil.disk_usage(place).free} bytes free",
+        expected="room, and permission to write", remedy=f"free disk space or mend {place}, then resume=auto",
+    )  # fmt: skip
 
 
 def sync_folder(folder: Path) -> None:

@@ -10,7 +10,7 @@ from anchorformer.errors import UserError
 from train.config import Part
 from train.distributed import World
 from train.engine import Engine
-from train.metrics import StepFacts
+from train.facts import StepFacts
 from train.stage import fingerprint
 
 log = logging.getLogger(__name__)

@@ -6,57 +6,16 @@ import json
 import logging
 import resource
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from anchorformer.contracts import Batch
 from train.config import Part
-from train.distributed import World
+from train.facts import StepFacts
 from train.folder import write_atomically
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class StepFacts:
-    """What all ranks together work on in one step; the same on every rank.
-
-    Attributes:
-        sample_ids: rank by rank, micro-batch by micro-batch.
-        padding_share: share of positions that ranks wait for instead of computing: within a micro-batch every rank
-            waits for the longest. (Batches themselves hold no padding.)
-    """
-
-    sample_ids: tuple[str, ...]
-    tokens: int
-    supervised: int
-    images: int
-    skipped: int
-    padding_share: float
-
-
-def gather_facts(world: World, batches: Sequence[Batch]) -> StepFacts:
-    """One exchange on the host, before the step's first forward, because the loss is divided by its total."""
-    mine = [
-        (batch.sample_ids, batch.num_tokens, batch.num_supervised, batch.tiles_B3HW.shape[0], batch.num_skipped)
-        for batch in batches
-    ]
-    ranks = world.gather(mine)
-    every = [micro for rank in ranks for micro in rank]
-    tokens = sum(micro[1] for micro in every)
-    slots = world.size * sum(max(micro[1] for micro in micros) for micros in zip(*ranks, strict=True))
-    return StepFacts(
-        sample_ids=tuple(name for micro in every for name in micro[0]),
-        tokens=tokens,
-        supervised=sum(micro[2] for micro in every),
-        images=sum(micro[3] for micro in every),
-        skipped=sum(micro[4] for micro in every),
-        padding_share=round(1.0 - tokens / slots, 6) if slots else 0.0,
-    )
 
 
 def step_record(
@@ -67,14 +26,18 @@ def step_record(
     norms: dict[Part, float] | None,
     facts: StepFacts,
     time: dict[str, float],
+    *,
+    is_clipped: bool,
 ) -> dict[str, Any]:
     """One line of metrics.jsonl; everything outside `time` is a function of config, data and weights alone.
 
     Args:
+        grad_norm: of the whole gradient, before clipping.
         norms: gradient norm per part in the steps that log it, else None.
         time: seconds and rates, memory.
+        is_clipped: whether the step was taken with a shortened gradient.
     """
-    record: dict[str, Any] = {"step": step, "loss": loss, "lr": lrs, "grad_norm": grad_norm}
+    record: dict[str, Any] = {"step": step, "loss": loss, "lr": lrs, "grad_norm": grad_norm, "clipped": is_clipped}
     if norms is not None:
         record["part_grad_norm"] = {part.value: norm for part, norm in norms.items()}
     return record | {
@@ -85,12 +48,16 @@ def step_record(
 
 
 def time_record(seconds: float, data_wait: float, facts: StepFacts, device: torch.device) -> dict[str, float]:
-    """Rates over all ranks, and rank 0's wait for data and peak memory."""
+    """Rates over all ranks, what each took by itself (`train.pace`), and rank 0's wait for data and peak memory."""
+    own = facts.own_seconds
     return {
         "seconds": seconds,
         "data_wait_seconds": data_wait,
         "tokens_per_second": facts.tokens / seconds,
         "samples_per_second": len(facts.sample_ids) / seconds,
+        "own_seconds_max": max(own),
+        "own_seconds_mean": sum(own) / len(own),
+        "slowest_rank": own.index(max(own)),
         "peak_memory_gib": peak_memory(device) / 2**30,
     }
 

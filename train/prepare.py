@@ -54,7 +54,8 @@ def prepare(config: RunConfig, command: Sequence[str], *, starts_here: bool = Tr
         _compare(config, folder.read_config(), folder.config)
         _compare_start(folder)
         # What the last attempt ended with says nothing about this one.
-        folder.halted.unlink(missing_ok=True)
+        for marker in (folder.halted, folder.interrupted):
+            marker.unlink(missing_ok=True)
     else:
         start = make_start_folder(config)
         check_samples(config, start)

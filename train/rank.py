@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
+import multiprocessing
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 
@@ -16,14 +19,19 @@ import transformers
 
 import anchorformer.auto  # noqa: F401 (makes the model and its processor known to transformers)
 from anchorformer.errors import UserError, run_guarded
-from train import checkpoint, distributed
-from train.config import Device, RunConfig
+from train import checkpoint, distributed, interrupt
+from train.black_box import BlackBox
+from train.config import RunConfig
 from train.distributed import World
 from train.engine import build_engine, loading
 from train.folder import RunFolder
+from train.interrupt import Interrupted, StopRequest
 from train.precision import choose_dtype
+from train.progress import Phase, Progress
+from train.repro import naming_what_is_not_deterministic, set_determinism
 from train.stage import freeze, render, table
 from train.trainer import Run, train
+from train.watchdog import Watchdog
 
 # Under torchrun this file is `__main__`, which would tell a reader of the log nothing.
 log = logging.getLogger("train.rank")
@@ -33,15 +41,31 @@ OWN_LOGGERS = ("anchorformer", "data", "train")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Joins the other ranks, loads, trains, and leaves the run's folder complete."""
+    """Joins the other ranks, loads, trains, and leaves the run's folder complete.
+
+    Returns:
+        0, or what `train.interrupt` says where a signal has stopped the run and its state is saved.
+    """
     parser = argparse.ArgumentParser(prog="python -m train.rank", description=__doc__)
     parser.add_argument("run_folder", type=Path)
     folder = RunFolder(parser.parse_args(arguments).run_folder.resolve())
-    start_logging(folder)
+    rank = int(os.environ.get("RANK", "0"))
+    start_logging(folder, rank)
+    progress = Progress()
     try:
-        config = folder.read_config()
-        prepare_process(config)
-        run_rank(config, folder, distributed.start(config.hardware.device))
+        with StopRequest() as stop, BlackBox(folder, rank, progress) as box:
+            config = folder.read_config()
+            box.config = config.digest
+            prepare_process(config)
+            with Watchdog(config.watchdog, folder, rank, config.world_size, progress, box):
+                timeout = timedelta(seconds=config.watchdog.collective_seconds)
+                world = distributed.start(config.hardware.device, timeout)
+                box.device = world.device
+                with naming_what_is_not_deterministic():
+                    run_rank(config, folder, world, progress, stop)
+    except Interrupted as interruption:
+        log.warning("%s; with resume=auto the same command goes on from there", interruption)
+        return interrupt.EXIT_CODE
     except UserError as error:
         # Every rank may get here, together (a halted run) or alone (a broken record of its own).
         folder.write_halted(error.exit_code, str(error))
@@ -50,17 +74,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run_rank(config: RunConfig, folder: RunFolder, world: World) -> None:
+def run_rank(
+    config: RunConfig, folder: RunFolder, world: World, progress: Progress | None = None,
+    stop: StopRequest | None = None,
+) -> None:  # fmt: skip
     """Builds everything a run is made of and trains; the process group is joined already."""
     from transformers import AutoProcessor
 
     from anchorformer.weights import check_folder, load_model
     from data.loader import Loader
 
+    progress, stop = progress or Progress(), stop or StopRequest()
     # Cheapest first: what can be wrong with the folder, the checkpoint or the data is found before weights are loaded.
+    progress.enter(Phase.reading)
     start = folder.start
     model_config = check_folder(start, config.model.selector, config.model.connector)
-    position = checkpoint.find(folder.state, config.resume, world)
+    position = checkpoint.find(folder.state, resume_from(config, folder, world), world)
     resumed = checkpoint.read_state(position, world, config) if position else None
     processor = AutoProcessor.from_pretrained(start, local_files_only=True).with_template(config.stage.template)
     loader = Loader(
@@ -70,17 +99,31 @@ def run_rank(config: RunConfig, folder: RunFolder, world: World) -> None:
     if resumed:
         checkpoint.check_data(resumed, loader.data_fingerprint)
 
+    progress.enter(Phase.loading)
     dtype = choose_dtype(config.hardware.precision, world.device, model_config.text_config.hidden_size)
     with loading(config, world, dtype):
         model = load_model(start, dtype)
     freeze(model, config.stage)
+    progress.enter(Phase.starting)
     engine = build_engine(model, config, world, loader.total_steps, dtype)
+    distributed.bound_waits(timedelta(seconds=config.watchdog.collective_seconds))
     log.info("stage %s on %d rank(s), %s\n%s", config.stage.name.value, world.size, world.device,
              render(table(engine.model, config.stage)))  # fmt: skip
     if position and resumed:
         checkpoint.restore(position, engine, world)
         log.info("resumed from %s after step %d", position, resumed.step)
-    train(Run(config, folder, world, engine, processor, loader, loader.total_steps, resumed))
+    train(Run(config, folder, world, engine, processor, loader, loader.total_steps, resumed, progress, stop))
+
+
+def resume_from(config: RunConfig, folder: RunFolder, world: World) -> str:
+    """`config.resume` when the ranks of a launch start first; once they have saved, their newest checkpoint.
+
+    torchrun may have started them again since, and does not tell all nodes alike that it has; but every launch writes
+    the config before anything else.
+    """
+    launched = folder.config.stat().st_mtime
+    has_saved = any(seal.stat().st_mtime > launched for seal in folder.state.glob(f"step-*/{checkpoint.COMPLETE}"))
+    return world.broadcast("auto" if has_saved else config.resume)
 
 
 def prepare_process(config: RunConfig) -> None:
@@ -88,16 +131,11 @@ def prepare_process(config: RunConfig) -> None:
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(config.hardware.threads or max(1, cores // local_ranks))
-    torch.manual_seed(config.seed)
-    if config.hardware.device is Device.cpu or not torch.cuda.is_available():
-        # On CPU determinism is free; on CUDA several fused backward passes have no deterministic form.
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    set_determinism(config)
 
 
-def start_logging(folder: RunFolder) -> None:
+def start_logging(folder: RunFolder, rank: int) -> None:
     """All of this rank's log in its own file; rank 0's also on the terminal."""
-    rank = int(os.environ.get("RANK", "0"))
     path = folder.log(rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     form = logging.Formatter("%(asctime)s %(levelname).1s %(name)s: %(message)s", "%H:%M:%S")
@@ -123,5 +161,15 @@ def _log_crash(kind: type[BaseException], error: BaseException, trace: Traceback
     sys.__excepthook__(kind, error, trace)
 
 
+def leave() -> None:
+    """Ends the loader's processes; they outlive the signals that this one has noted, and would hold up its exit."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
 if __name__ == "__main__":
-    run_guarded(main)
+    try:
+        run_guarded(main)
+    finally:
+        leave()

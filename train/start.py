@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import NoReturn
 from anchorformer.errors import UserError
 from train.compose import ROOT
 from train.config import Device, RunConfig
+from train.interrupt import SIGNALS
 
 HEAD_PORT = 29400
 NOT_INHERITED = (
@@ -19,6 +21,8 @@ NOT_INHERITED = (
     "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
 )  # fmt: skip
 """What an outer torchrun or Slurm step may have left: ranks started here must not take it for their own."""
+FORWARDED = (*SIGNALS, signal.SIGQUIT)
+"""What the agent hands on to its ranks; a signal that it did not handle would leave them behind as orphans."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +123,9 @@ def command(folder: Path, config: RunConfig, topology: Topology) -> list[str]:
             *([f"--local-addr={topology.address}"] if topology.address else []),
         ]  # fmt: skip
     return [
-        sys.executable, "-m", "train.agent", *where, f"--nproc-per-node={hardware.ranks}", "--max-restarts=0",
-        "-m", "train.rank", str(folder),
+        sys.executable, "-m", "train.agent", *where, f"--nproc-per-node={hardware.ranks}",
+        f"--max-restarts={hardware.max_restarts}", f"--shutdown-timeout={config.watchdog.shutdown_seconds}",
+        f"--signals-to-handle={','.join(number.name for number in FORWARDED)}", "-m", "train.rank", str(folder),
     ]  # fmt: skip
 
 

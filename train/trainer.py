@@ -1,4 +1,4 @@
-"""The loop: fetch, forward and backward, check, step, log, save."""
+"""The loop: fetch, agree, forward and backward, check, step, log, save."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,9 +21,13 @@ from train.config import RunConfig
 from train.distributed import World
 from train.engine import Engine
 from train.engine.base import total_norm
+from train.facts import gather_facts
 from train.folder import RunFolder, write_atomically
 from train.guards import FrozenGuard, check_numbers
-from train.metrics import Console, MetricsFile, gather_facts, step_record, time_record
+from train.interrupt import Interrupted, StopRequest
+from train.metrics import Console, MetricsFile, step_record, time_record
+from train.pace import Lag, Stopwatch
+from train.progress import Phase, Progress
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +52,8 @@ class Run:
         processor: with the stage's template; goes into the trained model's folder.
         steps: micro-batches of step `resumed.step + 1` first.
         resumed: what the engine was restored from; None at a fresh start.
+        progress: told where the run is, for the watchdog and the black box.
+        stop: asked before every step whether to take it.
     """
 
     config: RunConfig
@@ -58,6 +64,13 @@ class Run:
     steps: Steps
     total_steps: int
     resumed: TrainerState | None = None
+    progress: Progress = field(default_factory=Progress)
+    stop: StopRequest = field(default_factory=StopRequest)
+
+    @property
+    def first(self) -> int:
+        """Steps that lie behind the run at its start."""
+        return self.resumed.step if self.resumed else 0
 
 
 def train(run: Run) -> None:
@@ -66,50 +79,116 @@ def train(run: Run) -> None:
     Raises:
         UserError: there is no room for the next checkpoint.
         TrainingHalted: numbers that cannot be trained on; on all ranks together.
+        Interrupted: a signal has asked for it; on all ranks together, behind a checkpoint of the last step taken.
     """
-    config, engine, world = run.config, run.engine, run.world
-    first = run.resumed.step if run.resumed else 0
-    if config.resume != "never":
-        checkpoint.abandon_newer(run.folder.state, world, first)
-    frozen = FrozenGuard(engine, world)
-    metrics = MetricsFile(run.folder.metrics, first) if world.is_main else None
-    console = Console(run.total_steps, first)
-    batches_of_steps = iter(run.steps)
+    checkpoint.abandon_newer(run.folder.state, run.world, run.first)
+    loop = Loop(run)
+    saved = run.first
+    try:
+        for step in range(run.first + 1, run.total_steps + 1):
+            position = run.steps.state_dict()
+            loop.advance(step)
+            if _is_save_due(run.config, step, run.total_steps):
+                save(run, loop.frozen, step, run.steps.state_dict())
+                saved = step
+    except Interrupted as stop:
+        if stop.step > saved:
+            # The loader has already handed out the step that is not taken any more.
+            save(run, loop.frozen, stop.step, position)
+        if run.world.is_main:
+            write_atomically(run.folder.interrupted, f"{stop}\n")
+        run.world.barrier()
+        raise
+    loop.finish()
+    run.progress.enter(Phase.export)
+    export(run)
+    if run.world.is_main:
+        write_atomically(run.folder.done, f"{run.total_steps} steps\n")
+    run.world.barrier()
 
-    for step in range(first + 1, run.total_steps + 1):
+
+class Loop:
+    """Takes one optimizer step after the other, each under its guards and with a line in the records.
+
+    Attributes:
+        frozen: proves that frozen parameters stay.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self.frozen = FrozenGuard(run.engine, run.world)
+        self._metrics = MetricsFile(run.folder.metrics, run.first) if run.world.is_main else None
+        self._console = Console(run.total_steps, run.first)
+        self._stopwatch = Stopwatch(run.engine.model, run.world.device)
+        self._lag = Lag()
+        self._clipped = 0
+        self._batches_of_steps = iter(run.steps)
+
+    def advance(self, step: int) -> None:
+        """Takes one step.
+
+        Raises:
+            Interrupted: a rank has been asked to stop, and this step is not taken.
+            TrainingHalted: the step's numbers cannot be trained on.
+        """
+        run = self._run
+        config, engine, world, progress = run.config, run.engine, run.world, run.progress
         started = time.perf_counter()
-        batches = next(batches_of_steps)
+        progress.enter(Phase.data, step)
+        batches = next(self._batches_of_steps)
         data_wait = time.perf_counter() - started
 
+        progress.enter(Phase.exchange, samples=tuple(name for batch in batches for name in batch.sample_ids))
+        facts = gather_facts(world, batches, data_wait + self._stopwatch.take(), run.stop.signal)
+        if facts.signal:
+            raise Interrupted(step - 1, facts.signal)
+
+        progress.enter(Phase.compute)
         seed_step(config.seed, step, world.rank)
-        facts = gather_facts(world, batches)
         (loss,) = world.sum([engine.accumulate(batches, facts.supervised)])
         norms, lrs = engine.part_grad_norms(), engine.lrs
         check_numbers(step, loss, norms, facts)
+
+        progress.enter(Phase.update)
         engine.step()
-        frozen.observe(facts)
+        self.frozen.observe(facts)
 
-        is_logged = step % config.log.every == 0 or step == run.total_steps
-        if metrics is not None:
+        grad_norm = total_norm(norms)
+        is_clipped = 0 < config.stage.clip_norm < grad_norm
+        self._clipped += is_clipped
+        if self._metrics is not None:
+            is_logged = step % config.log.every == 0 or step == run.total_steps
             times = time_record(time.perf_counter() - started, data_wait, facts, world.device)
-            record = step_record(step, loss, lrs, total_norm(norms), norms if is_logged else None, facts, times)
-            metrics.write(record)
-            console.count(times["seconds"])
+            record = step_record(
+                step, loss, lrs, grad_norm, norms if is_logged else None, facts, times, is_clipped=is_clipped
+            )
+            self._metrics.write(record)
+            self._console.count(times["seconds"])
             if is_logged:
-                console.show(record)
-        if _is_save_due(config, step, run.total_steps):
-            digest = checkpoint.numbers_digest(config)
-            state = TrainerState(step, run.steps.state_dict(), digest, run.steps.data_fingerprint)
-            saved = checkpoint.save(run.folder.state, engine, world, state, frozen.frozen, config.checkpoint.keep)
-            log.info("saved %s", saved)
+                self._console.show(record)
+            warning = self._lag.observe(facts.own_seconds, times["seconds"])
+            if warning:
+                log.warning("step %d: %s", step, warning)
 
-    if metrics is not None:
-        metrics.close()
-    frozen.finish()
-    export(run)
-    if world.is_main:
-        write_atomically(run.folder.done, f"{run.total_steps} steps\n")
-    world.barrier()
+    def finish(self) -> None:
+        """Call after the last step; raises what `FrozenGuard.finish` does."""
+        if self._metrics is not None:
+            self._metrics.close()
+        self.frozen.finish()
+        log.info("gradients were clipped in %d step(s), no step was skipped", self._clipped)
+
+
+def save(run: Run, frozen: FrozenGuard, step: int, position: dict[str, Any]) -> None:
+    """Writes the checkpoint of a step that has been taken.
+
+    Args:
+        position: of the loader, behind that step.
+    """
+    run.progress.enter(Phase.save)
+    state = TrainerState(step, position, checkpoint.numbers_digest(run.config), run.steps.data_fingerprint)
+    keep = run.config.checkpoint.keep
+    saved = checkpoint.save(run.folder.state, run.engine, run.world, state, frozen.frozen, keep)
+    log.info("saved %s", saved)
 
 
 def _is_save_due(config: RunConfig, step: int, total_steps: int) -> bool:

@@ -21,9 +21,9 @@ from train import rank
 from train.config import Part
 from train.distributed import World, alone
 from train.engine import build_engine
+from train.facts import StepFacts
 from train.folder import RunFolder
 from train.guards import FrozenGuard, TrainingHalted, check_numbers
-from train.metrics import StepFacts
 from train.stage import assert_declared, fingerprint, freeze, render, table
 
 MakeRun = Callable[..., RunFolder]

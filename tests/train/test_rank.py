@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -38,7 +37,7 @@ def as_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "MASTER_PORT": port,
     }.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(rank, "start_logging", lambda folder: None)
+    monkeypatch.setattr(rank, "start_logging", lambda *_: None)
     yield
     distributed.stop()
 
@@ -83,7 +82,7 @@ def test_a_damaged_start_is_told_before_weights_are_loaded(
 
 def test_a_process_without_ranks_is_told_so(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr(rank, "start_logging", lambda folder: None)
+    monkeypatch.setattr(rank, "start_logging", lambda *_: None)
     with pytest.raises(UserError, match="not a rank"):
         rank.main([str(make_run("alone", ALIGN).path)])
 
@@ -95,14 +94,14 @@ def test_logging_of_a_rank(tmp_path: Path) -> None:
         "from pathlib import Path\n"
         "from transformers.utils import logging as bars\n"
         "module = runpy.run_module('train.rank', run_name='as_main')\n"
-        "module['start_logging'](module['RunFolder'](Path(sys.argv[1])))\n"
+        "module['start_logging'](module['RunFolder'](Path(sys.argv[1])), int(sys.argv[2]))\n"
         "module['log'].info('hello')\n"
         "print(bars.is_progress_bar_enabled())\n"
     )
     for number in range(2):
         done = subprocess.run(
-            [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True,
-            env={**os.environ, "RANK": str(number)},
+            [sys.executable, "-c", program, str(tmp_path), str(number)], cwd=ROOT, capture_output=True, text=True,
+            check=True,
         )  # fmt: skip
         assert done.stdout.splitlines()[-1] == str(number == 0), "one rank draws"
         assert "train.rank: hello" in (tmp_path / "logs" / f"rank_{number}.log").read_text()

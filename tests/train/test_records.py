@@ -18,8 +18,9 @@ from train import precision
 from train.checkpoint import numbers_digest
 from train.config import CheckpointConfig, Device, LogConfig, Part, Precision
 from train.distributed import World, alone, choose_device
+from train.facts import StepFacts, gather_facts
 from train.folder import RunFolder
-from train.metrics import Console, MetricsFile, StepFacts, gather_facts, read_lines, step_record
+from train.metrics import Console, MetricsFile, read_lines, step_record
 from train.trainer import seed_step
 
 
@@ -43,18 +44,18 @@ def batch_of(tokens: int, targets: int, images: int, ids: tuple[str, ...], skipp
 
 def test_facts_are_of_all_ranks() -> None:
     world = TwoRanks(rank=0, size=2, device=torch.device("cpu"))
-    object.__setattr__(world, "other", [(("c",), 30, 5, 1, 0), ((), 1, 0, 0, 2)])
-    facts = gather_facts(world, [batch_of(10, 4, 1, ("a",)), batch_of(9, 0, 0, ("b",), skipped=1)])
+    object.__setattr__(world, "other", ([(("c",), 30, 5, 1, 0), ((), 1, 0, 0, 2)], 0.5, "SIGTERM"))
+    facts = gather_facts(world, [batch_of(10, 4, 1, ("a",)), batch_of(9, 0, 0, ("b",), skipped=1)], 0.25)
     assert facts == StepFacts(
         sample_ids=("a", "b", "c"), tokens=50, supervised=9, images=2, skipped=3,
-        padding_share=round(1 - 50 / (2 * (30 + 9)), 6),
+        padding_share=round(1 - 50 / (2 * (30 + 9)), 6), own_seconds=(0.25, 0.5), signal="SIGTERM",
     )  # fmt: skip
 
 
 def line_of(step: int) -> dict[str, Any]:
     facts = StepFacts(sample_ids=("a",), tokens=4, supervised=2, images=1, skipped=0, padding_share=0.0)
     times = {"seconds": 2.0, "data_wait_seconds": 0.5, "tokens_per_second": 2.0, "samples_per_second": 0.5}
-    return step_record(step, 1.5, {"connector/decay": 1e-3}, 0.7, {Part.connector: 0.7}, facts, times)
+    return step_record(step, 1.5, {"connector/decay": 1e-3}, 0.7, {Part.connector: 0.7}, facts, times, is_clipped=False)
 
 
 def test_metrics_are_cut_back_on_resume(tmp_path: Path) -> None:

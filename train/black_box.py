@@ -1,0 +1,133 @@
+"""What a rank leaves when it fails (where it was, on which samples, in how much memory), and who failed first."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import time
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from anchorformer.errors import UserError
+from anchorformer.schema import to_plain
+from train.folder import RunFolder, write_atomically
+from train.interrupt import Interrupted
+from train.metrics import peak_memory
+from train.progress import Progress, Report, read_reports
+
+log = logging.getLogger(__name__)
+
+LOG_LINES = 40
+LOST = "lost its peers"
+HUNG = "hung"
+PEER_IS_GONE = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "DistBackendError",
+    "NCCL error",
+)
+"""How a rank's collective ends when another rank is gone; what it leaves then is a consequence, not a cause."""
+
+
+class BlackBox:
+    """Guards a rank's run: an exception that leaves the block is described in `<run>/black_box/rank_<r>.json`.
+
+    Attributes:
+        config: hash of the run's configuration, once it is known.
+        device: whose memory is described.
+    """
+
+    def __init__(self, folder: RunFolder, rank: int, progress: Progress) -> None:
+        self._folder, self._rank, self._progress = folder, rank, progress
+        self._path = folder.black_boxes / f"rank_{rank}.json"
+        self.config = ""
+        self.device = torch.device("cpu")
+
+    def __enter__(self) -> BlackBox:
+        self._folder.black_boxes.mkdir(parents=True, exist_ok=True)
+        if self._path.is_file():
+            # Of an earlier start: whoever looks for the first rank to fail must not find it among this one's.
+            self._path.replace(self._path.with_name(f"before_rank_{self._rank}.json"))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and not isinstance(error, Interrupted):
+            self.write(cause_of(error), str(error), "".join(traceback.format_exception(error)))
+
+    def write(self, cause: str, message: str, stacks: str) -> None:
+        """Describes this rank as it is now.
+
+        Args:
+            cause: one of the words of `cause_of`, or `HUNG`.
+            stacks: where the rank's threads are.
+        """
+        facts = {
+            "cause": cause, "message": message, "time": time.time(), "config": self.config,
+            **to_plain(Report.of(self._rank, self._progress.place)),
+            "memory": _memory(self.device), "stacks": stacks.splitlines(),
+            "log": _last_lines(self._folder.log(self._rank)),
+            "ranks": [str(report) for report in read_reports(self._folder.black_boxes)],
+        }  # fmt: skip
+        try:
+            write_atomically(self._path, json.dumps(facts, indent=1) + "\n")
+        except OSError as error:
+            # A disk that is full or gone must not hide the failure that is being described.
+            log.warning("no black box could be written: %s", error)
+
+
+def cause_of(error: BaseException) -> str:
+    """What ended a rank: `halted`, `refused`, `out of memory`, `lost its peers` or `crashed`."""
+    if isinstance(error, UserError):
+        return "refused" if error.exit_code == UserError.exit_code else "halted"
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        return "out of memory"
+    return LOST if any(words in text for words in PEER_IS_GONE) else "crashed"
+
+
+def first_to_fail(folder: RunFolder, exit_codes: Mapping[int, int]) -> tuple[int, str]:
+    """The rank whose failure made the others fail, and a line about it.
+
+    Args:
+        exit_codes: of this node's ranks that have ended; negative for a signal. At least one.
+    """
+    boxes = sorted((json.loads(path.read_text()) for path in folder.black_boxes.glob("rank_*.json")), key=_time)
+    causes = [box for box in boxes if box["cause"] != LOST]
+    # A rank that was killed has left no box; where others tell of a cause, it is the agent that has killed it since.
+    killed = [rank for rank, code in exit_codes.items() if code < 0 and rank not in {box["rank"] for box in boxes}]
+    if killed and not causes:
+        rank, number = killed[0], signal.Signals(-exit_codes[killed[0]])
+        hint = " (the kernel does so when memory runs out)" if number is signal.SIGKILL else ""
+        reports = [str(report) for report in read_reports(folder.black_boxes) if report.rank == rank]
+        return rank, f"{reports[0] if reports else f'rank {rank}'}: killed by {number.name}{hint}"
+    if boxes:
+        box = (causes or boxes)[0]
+        report = Report.parse({name: box[name] for name in Report.__dataclass_fields__})
+        first_line = next(iter(box["message"].splitlines()), "no message")
+        return report.rank, f"{report}: {box['cause']}: {first_line}"
+    rank, code = next(iter(exit_codes.items()))
+    return rank, f"rank {rank}: ended with {code} before it could say why"
+
+
+def _time(box: dict[str, Any]) -> float:
+    return float(box["time"])
+
+
+def _memory(device: torch.device) -> dict[str, Any]:
+    facts: dict[str, Any] = {"peak_gib": round(peak_memory(device) / 2**30, 3)}
+    if device.type == "cuda":
+        facts["summary"] = torch.cuda.memory_summary(device, abbreviated=True).splitlines()
+    return facts
+
+
+def _last_lines(path: Path) -> list[str]:
+    return path.read_text(errors="replace").splitlines()[-LOG_LINES:] if path.is_file() else []

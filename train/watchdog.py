@@ -1,0 +1,112 @@
+"""Notices that a rank stands still, says which rank holds the others up, and ends the process."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from train.black_box import HUNG, BlackBox
+from train.config import WatchdogConfig
+from train.folder import RunFolder
+from train.progress import IN_STEPS, Place, Progress, Report, read_reports, report_path, who_is_behind
+
+log = logging.getLogger(__name__)
+
+EXIT_CODE = 4
+LONGEST_PERIOD = 5.0
+"""Seconds between two looks, and so the age of what the other ranks can read about this one."""
+
+
+class Watchdog:
+    """A thread beside the trainer: publishes this rank's place and compares the time in its phase with the budget.
+
+    It needs the interpreter to be free, as it is while a rank waits in a collective, for data or for a device. For what
+    holds the interpreter itself there is `faulthandler`'s own timer behind it, wound up at every look.
+
+    Args:
+        size: how many ranks there are.
+        leave: called with the exit code when the budget is spent; the default ends the process without unwinding, which
+            could wait for the very thing that hangs.
+    """
+
+    def __init__(
+        self, config: WatchdogConfig, folder: RunFolder, rank: int, size: int, progress: Progress, box: BlackBox,
+        leave: Callable[[int], object] = os._exit,
+    ) -> None:  # fmt: skip
+        self._config, self._folder, self._rank, self._size = config, folder, rank, size
+        self._progress, self._box, self._leave = progress, box, leave
+        self._period = min(LONGEST_PERIOD, config.step_seconds / 20, config.startup_seconds / 20)
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self._report_path.parent.mkdir(parents=True, exist_ok=True)
+        self._folder.log(self._rank).parent.mkdir(parents=True, exist_ok=True)
+        self._stacks = self._folder.log(self._rank).open("a")
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join(timeout=LONGEST_PERIOD)
+        faulthandler.cancel_dump_traceback_later()
+        self._stacks.close()
+        if kind is None:
+            # What stays is of ranks that were killed or failed.
+            self._report_path.unlink(missing_ok=True)
+
+    @property
+    def _report_path(self) -> Path:
+        return report_path(self._folder.black_boxes, self._rank)
+
+    def _watch(self) -> None:
+        while True:
+            faulthandler.dump_traceback_later(self._config.collective_seconds, exit=True, file=self._stacks)
+            place = self._progress.place
+            self._publish(place)
+            if place.seconds > budget(self._config, place):
+                self._end(place)
+                return
+            if self._is_over.wait(self._period):
+                return
+
+    def _publish(self, place: Place) -> None:
+        try:
+            Report.of(self._rank, place).write(self._report_path)
+        except OSError as error:
+            log.warning("this rank's place could not be told to the others: %s", error)
+
+    def _end(self, place: Place) -> None:
+        try:
+            reports = read_reports(self._folder.black_boxes)
+            behind = who_is_behind(reports, self._size, silent_after=3 * self._period + 1)
+            allowed = budget(self._config, place)
+            message = f"{behind} (no progress for {place.seconds:.1f} s, the watchdog allows {allowed:g} s here)"
+            stacks = stacks_of_all_threads()
+            log.critical("%s\nall ranks:\n%s\nthis rank:\n%s", message, "\n".join(map(str, reports)), stacks)
+            self._box.write(HUNG, message, stacks)
+            logging.shutdown()
+        finally:
+            # Whatever goes wrong with the description, a run that hangs has to end.
+            self._leave(EXIT_CODE)
+
+
+def budget(config: WatchdogConfig, place: Place) -> float:
+    """Seconds that a rank may stay where it is."""
+    return config.step_seconds if place.is_warm and place.phase in IN_STEPS else config.startup_seconds
+
+
+def stacks_of_all_threads() -> str:
+    """Where every thread of this process is, as tracebacks."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    parts = [
+        f"{names.get(ident, 'thread')}:\n{''.join(traceback.format_stack(frame))}"
+        for ident, frame in sys._current_frames().items()
+    ]
+    return "\n".join(parts)
