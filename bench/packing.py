@@ -33,7 +33,7 @@ def rows(size: Size) -> Iterator[Row]:
                 old=old, new=useful_share(tokens, batch, steps), equal=difference < 1e-5,
                 goal=GOAL if batch == 16 else None,
                 note=f"old: LLaVA's group_by_modality_length, padded; {sum(tokens) / len(tokens):.0f} positions a "
-                f"sample on average; equal: logits of packed samples are those of samples alone ({difference:.0e}, fp32)",
+                f"sample on average; equal: samples in one row have the logits of samples alone ({difference:.0e})",
             )  # fmt: skip
 
 

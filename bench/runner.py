@@ -163,12 +163,12 @@ class _Saved:
     """What autograd holds instead of a tensor; it dies when autograd lets go."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+        self.tensor = tensor.detach()  # with its graph it would keep itself alive
 
 
 def error(value: Tensor, reference: Tensor) -> float:
     """Largest difference, relative to the largest value of the reference."""
-    value, reference = value.detach().float(), reference.detach().float()
+    value, reference = value.detach().double(), reference.detach().double()
     return float((value - reference).abs().max() / reference.abs().max())
 
 
