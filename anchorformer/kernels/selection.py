@@ -17,8 +17,8 @@ def select_anchors(scores_BHN: Tensor, num_anchors: int) -> Tensor:
     Args:
         scores_BHN: scores of the [CLS] query over N tokens, [CLS] at 0; logits or probabilities, since only the order
             within a head counts. Ranked in fp32.
-        num_anchors: T; every head adds (T-1) // H. A remainder is dropped, as the released code drops it; the selector's
-            config refuses one.
+        num_anchors: T; every head adds (T-1) // H. A remainder is dropped as in the released code; the selector refuses
+            one in its config.
 
     Returns:
         int64 (B, T), ascending, 0 first.
