@@ -59,7 +59,9 @@ test-gpu: install ## what needs a CUDA device
 
 test-compat: install ## the CPU suite under the oldest supported transformers
 	@$(PY) -m pip install -qq --no-deps --upgrade --target .cache/transformers-$(COMPAT) "transformers==$(COMPAT)" "huggingface-hub<2"
-	@PYTHONPATH=$(CURDIR)/.cache/transformers-$(COMPAT):$(CURDIR) $(PY) -m pytest
+	@export PYTHONPATH=$(CURDIR)/.cache/transformers-$(COMPAT):$(CURDIR); \
+	$(PY) -c 'import transformers; assert transformers.__version__ == "$(COMPAT)", transformers.__version__'; \
+	$(PY) -m pytest
 
 lint: install ## ruff, mypy, import contracts, shell syntax
 	@$(PY) -m ruff check .
