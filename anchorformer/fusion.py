@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from anchorformer.errors import UserError
@@ -19,10 +20,27 @@ def fuse(embeds_BSD: Tensor, input_ids_BS: Tensor, visual_XTD: Tensor, image_tok
         (B, S, D), differentiable with respect to both inputs.
 
     Raises:
-        UserError: as many placeholders as visual embeddings are needed; both counts are named.
+        UserError: as many placeholders as visual embeddings are needed; both counts are named. While training on a
+            device the host does not wait for the count, and the device stops with an assertion instead.
     """
     mask_BS = input_ids_BS == image_token_id
-    placeholders, provided = int(mask_BS.sum()), visual_XTD.shape[0] * visual_XTD.shape[1]
+    provided = visual_XTD.shape[0] * visual_XTD.shape[1]
+    _check_counts(mask_BS, visual_XTD)
+    if provided == 0:
+        return embeds_BSD
+    # The k-th placeholder takes the k-th embedding. Every position looks one up, so that no shape depends on the ids:
+    # a masked scatter would make the host wait for their number in backward.
+    number_S = (mask_BS.flatten().cumsum(0) - 1).clamp_(min=0, max=provided - 1)
+    visual_BSD = visual_XTD.flatten(0, 1).index_select(0, number_S).view_as(embeds_BSD)
+    return torch.where(mask_BS[..., None], visual_BSD.to(embeds_BSD.dtype), embeds_BSD)
+
+
+def _check_counts(mask_BS: Tensor, visual_XTD: Tensor) -> None:
+    provided = visual_XTD.shape[0] * visual_XTD.shape[1]
+    if torch.is_grad_enabled() and mask_BS.device.type != "cpu":
+        torch._assert_async(mask_BS.sum() == provided, "image placeholders and visual embeddings do not match")
+        return
+    placeholders = int(mask_BS.sum())
     if placeholders != provided:
         raise UserError(
             "image placeholders and visual embeddings do not match",
@@ -31,4 +49,3 @@ def fuse(embeds_BSD: Tensor, input_ids_BS: Tensor, visual_XTD: Tensor, image_tok
             expected="as many placeholders as embeddings",
             remedy="let the model folder's own processor expand <image>, and pass every image it was given",
         )
-    return embeds_BSD.masked_scatter(mask_BS[..., None], visual_XTD.to(embeds_BSD.dtype))

@@ -16,7 +16,7 @@ from anchorformer.connectors.base import ConnectorConfig
 from anchorformer.errors import UserError
 from anchorformer.fusion import fuse
 from anchorformer.images import normalise
-from anchorformer.kernels.attention import TEXT_ATTENTION
+from anchorformer.kernels.attention import FLAT_MASK, TEXT_ATTENTION
 from anchorformer.lean import make_lean
 from anchorformer.schema import parse_plugin
 from anchorformer.selectors.base import SelectorConfig
@@ -109,7 +109,7 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 "cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens,
                 "max_length_q": max_seqlen, "max_length_k": max_seqlen,
             }  # fmt: skip
-            use_cache = False
+            attention_mask, use_cache = FLAT_MASK, False
         embeds_BSD = self._see(self.get_input_embeddings()(input_ids), input_ids, pixel_values)
         out: CausalLMOutputWithPast = self.language_model(
             inputs_embeds=embeds_BSD,

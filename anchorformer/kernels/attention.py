@@ -5,7 +5,7 @@ Shapes: B images or rows, S query positions, T key positions, H query heads, h k
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,12 @@ from anchorformer.kernels import varlen
 from anchorformer.kernels.backend import Backend, choose
 
 TEXT_ATTENTION = "anchorformer_text"
+
+FLAT_MASK = torch.empty(0, 0, 0, 0)
+"""The mask of the flat form: none, said in four dimensions, which transformers hands through as they are.
+
+For None it would look for borders in the position ids, with the host waiting for the device, in every forward.
+"""
 
 VARLEN = {Backend.flash_attn: varlen.flash_attn, Backend.varlen: varlen.torch_varlen}
 
@@ -126,6 +132,7 @@ def _text_forward(
     dropout: float = 0.0,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature for causal language models: flat with cu_seq_lens_q, padded without."""
@@ -134,16 +141,25 @@ def _text_forward(
     if cu_seq_lens_q is None:
         causal = attention_mask is None and query.shape[2] > 1
         return attend(query, key, value, scale=scale, causal=causal, mask=attention_mask, dropout=dropout), None
-    if attention_mask is not None or query.shape[0] != 1 or query.shape[2] != key.shape[2] or max_length_q is None:
+    is_masked = attention_mask is not None and attention_mask.numel() > 0
+    is_row = query.shape[0] == 1 and query.shape[2] == key.shape[2] and max_length_q is not None
+    is_windowed = sliding_window is not None and max_length_q is not None and sliding_window < max_length_q
+    if is_masked or is_windowed or not is_row:
         raise UserError(
             "flat attention was called with something that only fits the padded form",
-            found=f"mask={attention_mask is not None}, rows={query.shape[0]}, {query.shape[2]} queries, "
-            f"{key.shape[2]} keys, max_length_q={max_length_q}",
+            found=f"mask={is_masked}, rows={query.shape[0]}, {query.shape[2]} queries, {key.shape[2]} keys, "
+            f"max_length_q={max_length_q}, sliding_window={sliding_window}",
             expected="one row, no mask, no cache, no sliding window shorter than a sample, and its longest sample",
             remedy="pass either cu_seqlens or a 2-D attention_mask with a cache, never both",
         )
     out = attend_flat(
-        query, key, value, scale=scale, cu_seqlens=cu_seq_lens_q, max_seqlen=int(max_length_q), dropout=dropout
+        query,
+        key,
+        value,
+        scale=scale,
+        cu_seqlens=cu_seq_lens_q,
+        max_seqlen=int(cast(int, max_length_q)),
+        dropout=dropout,
     )
     return out, None
 
@@ -159,8 +175,8 @@ def _text_mask(
 ) -> Tensor | None:
     """transformers' mask signature: None where plain causality says it all, else a bool mask (B, 1, S, T).
 
-    transformers guesses packing from restarting position ids and would build an S x S mask; the flat form names its
-    borders itself, so that guess is ignored here.
+    transformers guesses packing from restarting position ids; the flat form names its borders itself, and that guess is
+    ignored here.
     """
     square = q_length == kv_length
     window = local_size is not None and local_size < kv_length

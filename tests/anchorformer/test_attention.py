@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Co
 
 from anchorformer.errors import UserError
 from anchorformer.kernels import backend as backend_module
-from anchorformer.kernels.attention import TEXT_ATTENTION, attend, attend_flat
+from anchorformer.kernels.attention import FLAT_MASK, TEXT_ATTENTION, attend, attend_flat
 from anchorformer.kernels.backend import Backend, choose
 
 BACKENDS = [Backend.matmul, Backend.sdpa]
@@ -166,7 +167,7 @@ def _flat(model: PreTrainedModel, samples: list[Tensor]) -> Tensor:
     return model(
         inputs_embeds=embeds,
         position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
-        attention_mask=None,
+        attention_mask=FLAT_MASK,
         use_cache=False,
         cu_seq_lens_q=cu_seqlens,
         cu_seq_lens_k=cu_seqlens,
@@ -189,7 +190,7 @@ def _padded(samples: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
 def test_packed_logits_equal_separate_and_stock_logits(family: str) -> None:
     model, samples = _language_model(family), _ids()
     packed = _flat(model, samples).split(LENGTHS)
-    stock = type(model)._from_config(model.config, attn_implementation="eager").eval()
+    stock = type(model)._from_config(copy.deepcopy(model.config), attn_implementation="eager").eval()
     stock.load_state_dict(model.state_dict())
     assert stock.config._attn_implementation == "eager"
     for logits, sample in zip(packed, samples, strict=True):
@@ -304,7 +305,7 @@ def test_sliding_windows_are_kept_in_the_padded_form_and_refused_in_the_flat_one
     with pytest.raises(UserError, match="padded form"):
         _flat(model, samples)
     ids = samples[1][None]
-    stock = type(model)._from_config(model.config, attn_implementation="eager").eval()
+    stock = type(model)._from_config(copy.deepcopy(model.config), attn_implementation="eager").eval()
     stock.load_state_dict(model.state_dict())
     with torch.no_grad():
         torch.testing.assert_close(
