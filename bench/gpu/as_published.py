@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from anchorformer.contracts import IGNORE_INDEX, Anchors, Example, VisionFeatures
 from anchorformer.fusion import fuse
+from anchorformer.kernels.cross_entropy import cross_entropy_sum
 from anchorformer.selectors.base import Selector
 from bench.published import head
 from bench.published.batching import pad
@@ -94,5 +95,5 @@ def padded_loss(model: Any, batch: PaddedBatch, step_supervised: int, *, all_log
     lm_head = model.get_output_embeddings()
     if all_logits:
         return head.loss(hidden_BLD, lm_head, batch.labels_BL) * (batch.targets_Q.numel() / step_supervised)
-    logits_QC = lm_head(hidden_BLD.flatten(0, 1).index_select(0, batch.predict_index_Q)).float()
-    return F.cross_entropy(logits_QC, batch.targets_Q, reduction="sum") / step_supervised
+    logits_QC = lm_head(hidden_BLD.flatten(0, 1).index_select(0, batch.predict_index_Q))
+    return cross_entropy_sum(logits_QC, batch.targets_Q) / step_supervised

@@ -18,6 +18,7 @@ from bench.gpu.as_published import PaddedBatch, PublishedSelector, PublishedVisi
 from bench.gpu.emulate import NOT_INCLUDED, EmulatedRank, run_step
 from bench.gpu.session import Columns, Session, parser
 from bench.gpu.shapes import (
+    LONGEST,
     Length,
     build_language_model,
     build_model,
@@ -35,8 +36,6 @@ from data.sampler import plan_step
 from train.loss import supervised_loss
 
 RANKS = 8
-TOO_LONG = 2048
-"""Positions of the longest sample that the recipe trains on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +94,7 @@ def draw(stage: int, lengths: Sequence[Length], num_image_tokens: int, batch: in
     Stage 2 is grouped by modality and length as LLaVA does, and the step is one with images; stage 1 is not grouped.
     """
     positions = [length.positions(num_image_tokens) for length in lengths]
-    usable = [index for index, count in enumerate(positions) if count <= TOO_LONG]
+    usable = [index for index, count in enumerate(positions) if count <= LONGEST]
     if stage == 1:
         usable = [index for index in usable if lengths[index].images]
         order = [usable[place] for place in torch.randperm(len(usable), generator=torch.Generator().manual_seed(0))]
@@ -135,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     session.sheet.facts |= {"ranks": RANKS, "not_included": NOT_INCLUDED}
     print(f"{RANKS} ZeRO-2 ranks one after the other, the slowest counts; {NOT_INCLUDED} not included")
     session.measure_ceilings()
-    distributions, wanted = read_lengths(session.lengths), parsed.distributions.split(",")
+    distributions, wanted = read_lengths(session.lengths, tiny=session.tiny), parsed.distributions.split(",")
     for stage in (int(stage) for stage in parsed.stages.split(",")):
         for name, lengths in distributions[stage].items():
             if name in wanted:

@@ -13,6 +13,7 @@ from transformers import AutoModel, CLIPVisionConfig
 
 from anchorformer.contracts import Anchors, VisionFeatures, VisionNeeds
 from anchorformer.errors import run_guarded
+from anchorformer.kernels import vision_attention_triton
 from anchorformer.kernels.attention import attend_flat
 from anchorformer.kernels.cls_row import cls_row
 from anchorformer.kernels.vision_attention import attend_with_cls_row
@@ -20,11 +21,13 @@ from anchorformer.modeling import parse_parts
 from anchorformer.vision import VisionTower
 from bench.gpu.selection import selection
 from bench.gpu.session import Columns, Session, parser
-from bench.gpu.shapes import made_in, parts_of, read_lengths
+from bench.gpu.shapes import LONGEST, made_in, parts_of, read_lengths
 from bench.gpu.timing import measure
 from bench.published.connector import PublishedConnector
 from bench.published.vision import PublishedTower
 
+BATCHES = (4, 32)
+"""Images that the connector is given."""
 TEXT_SAMPLES = 16
 
 
@@ -96,7 +99,9 @@ def tapped_attention(session: Session) -> None:
         return out.transpose(1, 2).contiguous(), cls_row(query, key, scaling)
 
     def one_pass(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        return attend_with_cls_row(query, key, value, scaling)
+        # The kernel itself, whatever the library chooses at this size: this is what its choice is made from.
+        run = attend_with_cls_row if session.tiny else vision_attention_triton.launch
+        return run(query, key, value, scaling)
 
     def sdpa_alone(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, None]:
         return F.scaled_dot_product_attention(query, key, value, scale=scaling).transpose(1, 2).contiguous(), None
@@ -125,7 +130,7 @@ def connector(session: Session) -> None:
     scale = session.scale
     width = scale.vision["hidden_size"]
     _, plain = parts_of("anchor_former", scale)
-    for (_, tokens, _), batch in ((size, batch) for size in _batches(session) for batch in (4, 32)):
+    for (_, tokens, _), batch in ((size, batch) for size in _batches(session) for batch in BATCHES):
         with made_in(scale):
             ours, folded = (
                 parse_parts(parts_of("anchor_former", scale)[0], plain | {"fold_kv": fold})[1].build(
@@ -177,10 +182,8 @@ def text_attention(session: Session) -> None:
     scale = session.scale
     heads = scale.text["num_attention_heads"]
     width = scale.text["hidden_size"] // heads
-    for name, found in read_lengths(session.lengths)[2].items():
-        lengths = [min(length.positions(scale.num_anchors), 2048) for length in found[:TEXT_SAMPLES]]
-        if session.tiny:
-            lengths = [length // 16 + 1 for length in lengths]
+    for name, found in read_lengths(session.lengths, tiny=session.tiny)[2].items():
+        lengths = [min(length.positions(scale.num_anchors), LONGEST) for length in found[:TEXT_SAMPLES]]
         borders = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(scale.device)
         longest, total = max(lengths), sum(lengths)
         with made_in(scale):

@@ -62,7 +62,7 @@ class Session:
     @property
     def compiler(self) -> str:
         """torch.compile's backend; toys on the CPU only show that the code can be captured."""
-        return "inductor" if self.scale.device.type == "cuda" else "aot_eager"
+        return "inductor" if self.scale.device.type == "cuda" else "eager"
 
     def measure_ceilings(self) -> None:
         """Measures what the card can do at best and keeps it as facts."""

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Scale:
         vision: fields of a CLIP vision config.
         text: fields of a Llama config.
         num_anchors: T of the anchor selector and, without [CLS], queries of the resampler.
+        connector: fields in which connectors differ from their YAML, where they have them.
         sides: image sides that the single operations are measured at.
         matmul_side, copy_bytes: of the ceilings.
     """
@@ -48,6 +49,7 @@ class Scale:
     vision: dict[str, Any]
     text: dict[str, Any]
     num_anchors: int
+    connector: dict[str, Any]
     sides: tuple[int, ...]
     matmul_side: int
     copy_bytes: int
@@ -84,6 +86,7 @@ def published_scale() -> Scale:
             "num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
         },
         num_anchors=145,
+        connector={},
         sides=(336, 672, 1008),
         matmul_side=8192,
         copy_bytes=4 << 30,
@@ -104,7 +107,8 @@ def tiny_scale() -> Scale:
             "num_key_value_heads": 4, "vocab_size": 128, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
         },
         num_anchors=9,
-        sides=(28, 56),
+        connector={"depth": 2, "num_heads": 2, "head_dim": 8},
+        sides=(28,),
         matmul_side=64,
         copy_bytes=1 << 16,
     )  # fmt: skip
@@ -130,7 +134,8 @@ def parts_of(kind: str, scale: Scale, **changes: Any) -> tuple[dict[str, Any], d
         selector["num_anchors"] = scale.num_anchors
     if "num_queries" in connector:
         connector["num_queries"] = scale.num_anchors - 1
-    return selector, connector | changes
+    sized = {name: value for name, value in scale.connector.items() if name in connector}
+    return selector, connector | sized | changes
 
 
 @contextmanager
@@ -217,27 +222,34 @@ def make_examples(model: nn.Module, lengths: Sequence[Length], seed: int = 0) ->
     return examples
 
 
+LONGEST = 2048
+"""Positions of the longest sample that the recipe trains on."""
 CAPTION_TOKENS, CAPTION_SIGMA = 18, 0.4
 """Mean and spread (sigma of the logarithm) of LLaVA-558k's captions in tokens, assumed."""
 
 
-def read_lengths(path: Path) -> dict[int, dict[str, list[Length]]]:
+def read_lengths(path: Path, *, tiny: bool) -> dict[int, dict[str, list[Length]]]:
     """Stage -> name -> samples: the counted instruction records of a file, the assumed mixture, assumed captions.
 
-    Samples that the recipe would cut are left out, since what is cut depends on the images' tokens.
+    Args:
+        tiny: texts of a sixteenth of their length.
     """
     instructions = {"counted": Lengths(**json.loads(path.read_text())), "mixture": mixture(4096)}
     normal = torch.randn(1024, generator=torch.Generator().manual_seed(0)).tolist()
     captions = [max(4, round(CAPTION_TOKENS * math.exp(CAPTION_SIGMA * z - CAPTION_SIGMA**2 / 2))) for z in normal]
-    return {
+    found = {
         1: {"captions": [Length(text=text, supervised=text - 1) for text in captions]},
         2: {
-            name: [
-                Length(text=text, supervised=supervised, images=images, words=words)
-                for text, supervised, images, words in zip(
-                    found.text, found.supervised, found.images, found.words, strict=True
-                )
-            ]
-            for name, found in instructions.items()
+            name: [Length(*sample) for sample in zip(some.text, some.supervised, some.images, some.words, strict=True)]
+            for name, some in instructions.items()
         },
     }
+    if not tiny:
+        return found
+    return {
+        stage: {name: [_shrunk(length) for length in some] for name, some in of.items()} for stage, of in found.items()
+    }
+
+
+def _shrunk(length: Length) -> Length:
+    return replace(length, text=2 + length.text // 16, supervised=1 + length.supervised // 16)

@@ -177,7 +177,7 @@ def measure_cell(session: Session, model: AnchorFormerForConditionalGeneration, 
             packed = collate(examples)
             packed = packed.pin_memory() if device.type == "cuda" else packed
             loss = lambda: supervised_loss(model, packed.to(device), supervised)  # noqa: E731
-        seconds, value = time_steps(lambda: run_step(rank, [loss]), device)
+        seconds, value = time_steps(lambda: run_step(rank, [loss]), session)
     finally:
         rank.close()
     step = statistics.median(seconds)
@@ -212,15 +212,17 @@ def expected(session: Session, model: Any, cell: Cell, ranks: int, step: float, 
     }  # fmt: skip
 
 
-def time_steps(step: Callable[[], Tensor], device: torch.device) -> tuple[list[float], float]:
+def time_steps(step: Callable[[], Tensor], session: Session) -> tuple[list[float], float]:
     """Wall seconds of the timed steps, each waited for as a training loop does, and the last loss."""
-    for _ in range(WARM_UP):
+    device = session.scale.device
+    warm_up, timed = (1, 1) if session.tiny else (WARM_UP, TIMED)
+    for _ in range(warm_up):
         step()
     synchronize(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds, value = [], float("nan")
-    for _ in range(TIMED):
+    for _ in range(timed):
         started = time.perf_counter()
         value = float(step())
         synchronize(device)

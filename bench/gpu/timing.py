@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 GB = 1e9
+ON_CPU = 2
+"""Calls on the CPU, where only the code is tried."""
 _L2_FLUSH_BYTES = 256 << 20
 """Several times the largest cache of a present card."""
 
@@ -69,11 +71,14 @@ def measure(
     call(*inputs[0])
     synchronize(device)
     estimate = time.perf_counter() - started
-    runs = min(max(at_least, int(seconds / max(estimate, 1e-6))), at_most)
-    times = _event_times(call, inputs, runs) if device.type == "cuda" else _host_times(call, inputs, runs)
+    if device.type == "cuda":
+        times = _event_times(call, inputs, min(max(at_least, int(seconds / max(estimate, 1e-6))), at_most))
+    else:
+        times = _host_times(call, inputs, ON_CPU)
     times.sort()
     return Timing(
-        ms=statistics.median(times), low_ms=times[len(times) // 10], high_ms=times[-1 - len(times) // 10], runs=runs,
+        ms=statistics.median(times), low_ms=times[len(times) // 10], high_ms=times[-1 - len(times) // 10],
+        runs=len(times),
         peak_gb=peak, transient_gb=transient,
     )  # fmt: skip
 
@@ -134,8 +139,8 @@ def synchronize(device: torch.device) -> None:
 
 def release(device: torch.device) -> None:
     """Gives cached memory back, so that one row's leftovers are not the next one's obstacle."""
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 
