@@ -109,6 +109,11 @@ class Loader:
         return self.mixture.data_fingerprint
 
     @property
+    def order_digest(self) -> str:
+        """Hash of the order in which the whole run takes its samples, those before `state` counted."""
+        return self._sampler.digest(self._state.seed, self.total_steps)
+
+    @property
     def sample_ids(self) -> tuple[str, ...]:
         """Ids of the step yielded last, over all ranks, in the sampler's order; read from disk when asked for."""
         return tuple(self.mixture.sample_id(number) for number in self._numbers)

@@ -82,6 +82,15 @@ class Sampler:
         """Whole global batches between the start and `state`."""
         return (state.epoch * self.size + state.consumed) // self.global_batch
 
+    def digest(self, seed: int, steps: int) -> str:
+        """Hash of the record numbers of the first `steps` global batches, in their order."""
+        missing, epoch, digest = steps * self.global_batch, 0, hashlib.sha256()
+        while missing > 0:
+            part = self._order(seed, epoch)[:missing]
+            digest.update(np.ascontiguousarray(part, "<i8"))
+            missing, epoch = missing - len(part), epoch + 1
+        return digest.hexdigest()
+
     def restore(self, saved: Mapping[str, int], seed: int) -> SamplerState:
         """The position of a checkpoint.
 

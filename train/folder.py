@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,16 @@ class RunFolder:
     def config(self) -> Path:
         """The resolved configuration, all that ranks ever see."""
         return self.path / "config.yaml"
+
+    @property
+    def identity(self) -> Path:
+        """What the run's numbers depend on, by hash, as JSON; written before the first step."""
+        return self.path / "identity.json"
+
+    @property
+    def seal(self) -> Path:
+        """Hashes of the files that the run is known by: config, environment, start, identity."""
+        return self.path / "SEAL.json"
 
     @property
     def metrics(self) -> Path:
@@ -101,6 +112,61 @@ class RunFolder:
             )  # fmt: skip
         return parse(RunConfig, yaml.safe_load(self.config.read_text()), str(self.config))
 
+    def write_sealed(self, texts: Mapping[str, str]) -> None:
+        """Writes files whose contents `check_seal` will ask for; a kill at any moment leaves a folder that passes.
+
+        Args:
+            texts: file name -> contents; other sealed files stay as they are.
+        """
+        sealed = self._sealed()
+        new = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+        # Both contents are right until the last file is written.
+        self._write_seal(sealed | {name: [*sealed.get(name, []), digest] for name, digest in new.items()})
+        for name, text in texts.items():
+            write_atomically(self.path / name, text)
+        self._write_seal(sealed | {name: [digest] for name, digest in new.items()})
+
+    def check_seal(self) -> None:
+        """Compares the files that a run is known by with what it wrote.
+
+        Raises:
+            UserError: one is gone or has been changed; all of them are named.
+        """
+        found = self.broken_seals()
+        if found:
+            raise UserError(
+                f"the run folder {self.path} is not as the run left it", found="; ".join(found),
+                expected=f"the files as {self.seal.name} lists them",
+                remedy="restore them; a run's values are changed on its command line, not in its folder",
+            )  # fmt: skip
+
+    def broken_seals(self) -> list[str]:
+        """What is wrong with the sealed files, one line for each."""
+        if not self.seal.is_file():
+            return [f"{self.seal.name} is missing"]
+        found = []
+        for name, digests in sorted(self._sealed().items()):
+            path = self.path / name
+            if not path.is_file():
+                # A start that was killed has sealed what it was about to write; without a config it is no run yet.
+                found.append(f"{name} is missing")
+            elif hashlib.sha256(path.read_bytes()).hexdigest() not in digests:
+                found.append(f"{name} has been changed")
+        return found
+
+    def _sealed(self) -> dict[str, list[str]]:
+        if not self.seal.is_file():
+            return {}
+        return {str(name): list(digests) for name, digests in json.loads(self.seal.read_text()).items()}
+
+    def _write_seal(self, sealed: Mapping[str, Sequence[str]]) -> None:
+        write_atomically(self.seal, json.dumps(sealed, indent=2, sort_keys=True) + "\n")
+
+    def forget_last_end(self) -> None:
+        """Removes what the last attempt ended with; it says nothing about the next one."""
+        for path in (self.halted, self.interrupted):
+            path.unlink(missing_ok=True)
+
     def write_halted(self, exit_code: int, message: str) -> None:
         """Leaves the reason for whoever started the ranks; the first one to write is the one that is kept."""
         if not self.halted.exists():
@@ -116,15 +182,6 @@ def write_atomically(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     partial.replace(path)
     sync_folder(path.parent)
-
-
-def cannot_write(path: Path, error: Exception) -> UserError:
-    """What a full or read-only disk has answered, with the room that it has."""
-    place = next(folder for folder in (path, *path.parents) if folder.is_dir())
-    return UserError(
-        f"{path} cannot be written", found=f"{str(error).splitlines()[0]}; {shutil.disk_usage(place).free} bytes free",
-        expected="room, and permission to write", remedy=f"free disk space or mend {place}, then resume=auto",
-    )  # fmt: skip
 
 
 def sync_folder(folder: Path) -> None:

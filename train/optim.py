@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from train.config import Part, Schedule, StageConfig
@@ -45,6 +46,22 @@ def build_optimizer(model: nn.Module, stage: StageConfig, device: torch.device) 
     return torch.optim.AdamW(
         parameter_groups(model, stage), betas=stage.betas, eps=stage.eps, fused=device.type == "cuda"
     )
+
+
+def prime(optimizer: torch.optim.AdamW, weights: Iterable[Tensor]) -> None:
+    """Makes the state that AdamW's first step would make, so that it can be saved and loaded before any step.
+
+    Args:
+        weights: the tensors that the optimizer updates.
+    """
+    for weight in weights:
+        # Where torch puts it: fused steps are counted on the device.
+        counter = weight.device if optimizer.defaults["fused"] else "cpu"
+        optimizer.state[weight] = {
+            "step": torch.zeros((), dtype=torch.float32, device=counter),
+            "exp_avg": torch.zeros_like(weight),
+            "exp_avg_sq": torch.zeros_like(weight),
+        }
 
 
 def lr_factor(step: int, total_steps: int, stage: StageConfig) -> float:

@@ -1,13 +1,13 @@
-"""What a stage trains: freezes the model by part, shows it, and proves that frozen stays frozen."""
+"""What a stage trains: freezes the model by part, shows it, and names the trained set by a hash."""
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from anchorformer.errors import UserError
 from train.config import Part, StageConfig
@@ -98,24 +98,7 @@ def assert_declared(model: nn.Module, stage: StageConfig, optimized: set[int]) -
         raise AssertionError(f"optimizer holds {len(optimized)} tensors, the stage trains {len(trained)}")
 
 
-_CHUNK = 1 << 22
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def fingerprint(values: Mapping[str, Tensor]) -> dict[str, int]:
-    """A 64-bit hash of each tensor's bits, computed where the tensor lies.
-
-    Integer sums wrap and commute, so the hash is the same on every device and with every number of threads; position
-    weights make it sensitive to order. It guards against accidents, not against an adversary.
-    """
-    return {name: _hash(tensor) for name, tensor in values.items()}
-
-
-def _hash(tensor: Tensor) -> int:
-    flat = tensor.detach().contiguous().view(-1)
-    total = torch.zeros((), dtype=torch.int64, device=flat.device)
-    for chunk in flat.split(_CHUNK) if flat.numel() else ():
-        # Odd multipliers, so that no change of a single value can vanish.
-        weights = torch.arange(chunk.numel(), dtype=torch.int64, device=flat.device) * 2654435762 + 1
-        total = total * 6364136223846793005 + (chunk.view(_BITS[chunk.element_size()]).long() * weights).sum()
-    return int(total)
+def trained_digest(model: nn.Module) -> str:
+    """Hash of the names and whole shapes of all trained parameters."""
+    trained = sorted((name, full_shape(value)) for name, value in model.named_parameters() if value.requires_grad)
+    return hashlib.sha256(repr(trained).encode()).hexdigest()

@@ -22,9 +22,10 @@ from train.config import Part
 from train.distributed import World, alone
 from train.engine import build_engine
 from train.facts import StepFacts
+from train.fingerprint import Piece, fingerprint, join
 from train.folder import RunFolder
 from train.guards import FrozenGuard, TrainingHalted, check_numbers
-from train.stage import assert_declared, fingerprint, freeze, render, table
+from train.stage import assert_declared, freeze, render, table
 
 MakeRun = Callable[..., RunFolder]
 FACTS = StepFacts(sample_ids=("a/1", "b/2"), tokens=9, supervised=4, images=1, skipped=0, padding_share=0.0)
@@ -213,7 +214,21 @@ def test_fingerprint_sees_every_bit(size: int, data: Any, dtype: torch.dtype) ->
     changed = values.clone()
     bits = changed.view(torch.int32 if dtype == torch.float32 else torch.int16)
     bits[data.draw(st.integers(0, size - 1))] ^= 1 << data.draw(st.integers(0, 14))
-    assert fingerprint({"a": values}) == fingerprint({"a": values.clone()})
-    assert fingerprint({"a": values}) != fingerprint({"a": changed})
+    assert of(values) == of(values.clone())
+    assert of(values) != of(changed)
     if size > 1:
-        assert fingerprint({"a": values}) != fingerprint({"a": values.flip(0)})
+        assert of(values) != of(values.flip(0))
+    # However it is divided over ranks, and padded by none of them.
+    first = data.draw(st.integers(0, size))
+    parts = [Piece(values[:first], 0, size), Piece(values[first:], first, size)]
+    assert join([fingerprint({"a": part}) for part in parts if part.values.numel()]) == of(values)
+
+
+def of(values: torch.Tensor) -> dict[str, int]:
+    return join([fingerprint({"a": Piece.whole(values)})])
+
+
+def test_replicas_that_differ_are_noticed() -> None:
+    ranks = [fingerprint({"a": Piece.whole(torch.full((3,), value))}) for value in (1.0, 2.0)]
+    with pytest.raises(AssertionError, match="different values of a"):
+        join(ranks)

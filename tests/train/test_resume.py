@@ -20,9 +20,10 @@ from data.config import OnBadImage
 from tests.train.cases import ALIGN, FINETUNE, run_config
 from tests.train.ranks import Ranks, RanksFailed
 from train import checkpoint, rank, trainer
-from train.checkpoint import damage, numbers_digest
+from train.checkpoint import damage, retention, seal
 from train.distributed import World, alone
 from train.folder import RunFolder
+from train.identity import numbers_digest
 
 MakeRun = Callable[..., RunFolder]
 STEPS, EVERY, STOPPED_AT = 20, 4, 13
@@ -138,7 +139,7 @@ def saved(make_run: MakeRun) -> RunFolder:
 def test_damaged_checkpoints_are_left_aside(saved: RunFolder, fault: str) -> None:
     newest = saved.state / "step-00000002"
     assert damage(newest, alone()) is None
-    state = newest / "plain.pt"
+    state = newest / "connector.safetensors"
     match fault:
         case "no COMPLETE":
             (newest / checkpoint.COMPLETE).unlink()
@@ -151,7 +152,7 @@ def test_damaged_checkpoints_are_left_aside(saved: RunFolder, fault: str) -> Non
         case "missing file":
             state.unlink()
         case "other manifest":
-            (newest / checkpoint.MANIFEST).write_text('{"files": {}}')
+            (newest / seal.MANIFEST).write_text('{"files": {}}')
     assert checkpoint.find(saved.state, "auto", alone()) == saved.state / "step-00000001"
     with pytest.raises(UserError, match="cannot be resumed from"):
         checkpoint.find(saved.state, str(newest), alone())
@@ -184,7 +185,7 @@ def test_going_back_leaves_the_other_course(saved: RunFolder, make_run: MakeRun)
     saved.config.write_text(yaml.safe_dump(config))
     run_until(alone(), str(saved.path))
     names = sorted(path.name for path in saved.state.iterdir())
-    assert names == [".abandoned-step-00000002", "latest", "step-00000002"]
+    assert names == ["latest", "step-00000002"], "the course that was left is behind the new one"
     assert damage(saved.state / "step-00000002", alone()) is None
 
 
@@ -193,8 +194,8 @@ def test_damaged_checkpoints_are_not_counted(saved: RunFolder) -> None:
     three, nine = (saved.state / f"step-0000000{step}" for step in (3, 9))
     shutil.copytree(one, three)
     shutil.copytree(one, nine)
-    (nine / "plain.pt").write_bytes(b"")
-    checkpoint._prune(saved.state, 2, two)
+    (nine / "connector.safetensors").write_bytes(b"")
+    retention.prune(saved.state, 2, two)
     assert not one.exists()
     assert two.exists(), "the one just written stays, whatever its number"
     assert three.exists()
@@ -209,7 +210,7 @@ def test_a_full_disk_is_told_before_saving(
         config["resume"] = str(saved.state / "step-00000001") if folder is saved else "never"
         folder.config.write_text(yaml.safe_dump(config))
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
-        with pytest.raises(UserError, match=r"GB free\n.*GB needed"):
+        with pytest.raises(UserError, match=r"B free\n.*B needed"):
             run_until(alone(), str(folder.path))
         assert not list(folder.state.glob(".tmp-*"))
 
@@ -242,7 +243,7 @@ def save_twice(world: World, folder: str) -> list[str]:
     newest = max((Path(folder) / "state").glob("step-*"))
     told = [str(damage(newest, world))]
     if world.is_main:
-        entries = json.loads((newest / checkpoint.MANIFEST).read_text())["files"]
+        entries = json.loads((newest / seal.MANIFEST).read_text())["files"]
         path = newest / max(name for name, entry in entries.items() if entry["rank"] == world.size - 1)
         raw = path.read_bytes()
         path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
@@ -260,6 +261,6 @@ def test_each_rank_lists_and_checks_its_own_files(pair: Ranks, make_run: MakeRun
     assert first == second, "both ranks know what only the second has read"
     assert first[0] == "None"
     assert first[1].endswith("is damaged")
-    files = json.loads((run.state / "step-00000001" / checkpoint.MANIFEST).read_text())["files"]
+    files = json.loads((run.state / "step-00000001" / seal.MANIFEST).read_text())["files"]
     assert {entry["rank"] for entry in files.values()} == {0, 1}
     assert all(entry["rank"] == 1 for name, entry in files.items() if "rank_1" in name.replace("mp_rank", ""))

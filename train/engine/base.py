@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from anchorformer.contracts import Batch
-from train.config import Part, RunConfig
+from train.config import EngineName, Part, RunConfig
 from train.distributed import World
+from train.engine import whole
+from train.engine.saved import Form, Saved
+from train.engine.universal import Universal
+from train.fingerprint import Piece
+from train.optim import full_shape
+from train.writing import together
 
 
 class Engine(abc.ABC):
@@ -23,6 +31,7 @@ class Engine(abc.ABC):
 
     model: nn.Module
     """The model itself; under ZeRO-3 its tensors are partitioned."""
+    scheduler: LambdaLR
 
     def __init__(self, config: RunConfig, world: World) -> None:
         self.config = config
@@ -60,31 +69,111 @@ class Engine(abc.ABC):
 
     @property
     @abc.abstractmethod
+    def _param_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups."""
+
+    @property
     def lrs(self) -> dict[str, float]:
         """Learning rate of each parameter group in the coming step."""
+        return {group["name"]: float(group["lr"]) for group in self._param_groups}
 
-    @abc.abstractmethod
-    def values(self) -> dict[str, Tensor]:
+    def values(self) -> dict[str, Piece]:
         """Name -> what this rank holds of each parameter: the fp32 weights of trained ones, frozen ones as loaded.
 
-        A trained parameter of which this rank holds nothing is left out.
+        A parameter of which this rank holds nothing is left out.
         """
+        return self._pieces(dict(self.model.named_parameters()))
+
+    @abc.abstractmethod
+    def _pieces(self, parameters: Mapping[str, nn.Parameter], moment: str | None = None) -> dict[str, Piece]:
+        """What this rank holds of each of these parameters, or of one of AdamW's moments of trained ones."""
 
     @abc.abstractmethod
     def gather(self, part: Part) -> dict[str, Tensor] | None:
         """Every tensor of a part under its full name, on the CPU of rank 0; None on other ranks. All ranks call it."""
 
-    @abc.abstractmethod
+    @property
+    def form(self) -> Form:
+        """How the state is written: whole where it is small or every process has it all anyway, else rank by rank."""
+        is_small = set(self.config.stage.trains) == {Part.connector}
+        return Form.whole if is_small or not self._is_parted else Form.shards
+
+    @property
+    def _is_parted(self) -> bool:
+        """Whether ranks hold different pieces of the trained weights."""
+        return self.config.engine is EngineName.deepspeed and self.config.zero.stage > 0
+
     def save(self, folder: Path) -> list[Path]:
         """Writes trained weights, optimizer and learning rates into an existing folder; all ranks call it.
 
         Returns:
             The files that this rank wrote; every file has one writer.
+
+        Raises:
+            UserError: a rank could not write; on all ranks.
         """
+        written = self._save_whole(folder) if self.form is Form.whole else self._save_shards(folder)
+        saved = Saved(
+            form=self.form, ranks=self.world.size, zero_stage=self.config.zero.stage,
+            optimizer_steps=int(self._step_counts()[0]), scheduler=self.scheduler.state_dict(),
+        )  # fmt: skip
+        with together(self.world, folder):
+            if self.world.is_main:
+                written.append(saved.write(folder))
+        return written
+
+    def load(self, folder: Path, converted: Path | None = None) -> None:
+        """Reads what `save` wrote, into an engine that has not stepped yet; all ranks call it.
+
+        Args:
+            converted: what `train.engine.universal` made of the folder, where its shards do not fit this engine.
+        """
+        saved = Saved.read(folder)
+        if saved.form is Form.shards and converted is None:
+            self._load_shards(folder)
+            return
+        trained = self._trained()
+        moments = {kind: self._pieces(trained, kind) for kind in whole.MOMENTS}
+        source = whole.WholeFiles(folder) if converted is None else Universal(converted)
+        whole.read(source, self._pieces(trained), moments)
+        for count in self._step_counts():
+            count.fill_(saved.optimizer_steps)
+        self._publish()
+        self.scheduler.load_state_dict(saved.scheduler)
+        for group, lr in zip(self._param_groups, self.scheduler.get_last_lr(), strict=True):
+            group["lr"] = lr
+
+    def _save_whole(self, folder: Path) -> list[Path]:
+        trained = self._trained()
+        shapes = {name: full_shape(parameter) for name, parameter in trained.items()}
+
+        def gather(moment: str | None = None) -> dict[str, Tensor]:
+            return whole.gather(self.world, self._pieces(trained, moment), shapes, is_parted=self._is_parted)
+
+        weights, moments = gather(), {kind: gather(kind) for kind in whole.MOMENTS}
+        written: list[Path] = []
+        with together(self.world, folder):
+            written += whole.write(folder, weights, moments) if self.world.is_main else []
+        return written
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
     @abc.abstractmethod
-    def load(self, folder: Path) -> None:
-        """Reads what `save` wrote, into an engine that has not stepped yet; all ranks call it."""
+    def _save_shards(self, folder: Path) -> list[Path]:
+        """Each rank writes its share."""
+
+    @abc.abstractmethod
+    def _load_shards(self, folder: Path) -> None:
+        """Each rank reads the share that it wrote."""
+
+    @abc.abstractmethod
+    def _step_counts(self) -> list[Tensor]:
+        """AdamW's counters of its steps, all equal; writing into them writes into the optimizer."""
+
+    @abc.abstractmethod
+    def _publish(self) -> None:
+        """Copies the fp32 weights into the model's own parameters, on all ranks."""
 
 
 def squared_norms(gradients: Iterable[tuple[Part, Tensor]], parts: Iterable[Part]) -> dict[Part, float]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +14,10 @@ from anchorformer.weights import part_state
 from train.config import Part, RunConfig
 from train.distributed import World
 from train.engine.base import Engine, squared_norms
+from train.fingerprint import Piece
 from train.loss import supervised_loss
-from train.optim import build_optimizer, build_scheduler, part_of_parameter
+from train.optim import build_optimizer, build_scheduler, part_of_parameter, prime
 from train.stage import assert_declared
-
-STATE = "plain.pt"
 
 
 class PlainEngine(Engine):
@@ -35,6 +36,7 @@ class PlainEngine(Engine):
                 master = parameter if parameter.dtype == torch.float32 else parameter.detach().float()
                 self._pairs[names[id(parameter)]] = (parameter, master)
                 group["params"][index] = master
+        prime(self.optimizer, [master for _, master in self._pairs.values()])
         assert_declared(model, config.stage, {id(parameter) for parameter, _ in self._pairs.values()})
         self.scheduler = build_scheduler(self.optimizer, config.stage, total_steps)
 
@@ -63,37 +65,34 @@ class PlainEngine(Engine):
             nn.utils.clip_grad_norm_([master for _, master in self._pairs.values()], self.config.stage.clip_norm)
         self.optimizer.step()
         self.scheduler.step()
-        with torch.no_grad():
-            for parameter, master in self._pairs.values():
-                if master is not parameter:
-                    parameter.copy_(master)
-                master.grad = None
+        self._publish()
+        for _, master in self._pairs.values():
+            master.grad = None
 
     @property
-    def lrs(self) -> dict[str, float]:
-        return {group["name"]: float(group["lr"]) for group in self.optimizer.param_groups}
+    def _param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
 
-    def values(self) -> dict[str, Tensor]:
-        held = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
-        return held | {name: master.detach() for name, (_, master) in self._pairs.items()}
+    def _pieces(self, parameters: Mapping[str, nn.Parameter], moment: str | None = None) -> dict[str, Piece]:
+        held = {name: self._pairs[name][1] if name in self._pairs else value for name, value in parameters.items()}
+        if moment is not None:
+            held = {name: self.optimizer.state[master][moment] for name, master in held.items()}
+        return {name: Piece.whole(tensor) for name, tensor in held.items()}
 
     def gather(self, part: Part) -> dict[str, Tensor] | None:
         return {name: tensor.detach().cpu() for name, tensor in part_state(self.model, part.value).items()}
 
-    def save(self, folder: Path) -> list[Path]:
-        weights = {name: master.detach() for name, (_, master) in self._pairs.items()}
-        torch.save(
-            {"weights": weights, "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()},
-            folder / STATE,
-        )
-        return [folder / STATE]
+    def _save_shards(self, folder: Path) -> list[Path]:
+        raise NotImplementedError("one process writes whole tensors")
 
-    def load(self, folder: Path) -> None:
-        state = torch.load(folder / STATE, map_location=self.world.device, weights_only=True)
-        with torch.no_grad():
-            for name, (parameter, master) in self._pairs.items():
-                master.copy_(state["weights"][name])
-                if master is not parameter:
-                    parameter.copy_(master)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+    def _load_shards(self, folder: Path) -> None:
+        raise NotImplementedError("one process reads whole tensors")
+
+    def _step_counts(self) -> list[Tensor]:
+        return [self.optimizer.state[master]["step"] for _, master in self._pairs.values()]
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        for parameter, master in self._pairs.values():
+            if master is not parameter:
+                parameter.copy_(master)

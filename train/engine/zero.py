@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from anchorformer.weights import part_state
 from train.config import Part, RunConfig
 from train.distributed import World
 from train.engine.base import Engine, squared_norms
+from train.engine.files import Files
+from train.engine.partition import Partition
+from train.fingerprint import Piece
 from train.loss import supervised_loss
 from train.optim import build_optimizer, build_scheduler, part_of_parameter
 from train.stage import assert_declared
@@ -40,9 +44,12 @@ class ZeroEngine(Engine):
         self._deepspeed, _, _, self.scheduler = deepspeed.initialize(
             model=model, optimizer=optimizer, lr_scheduler=scheduler, config=deepspeed_config(config, world, dtype)
         )
-        self._deepspeed.checkpoint_engine.load = _load_weights_only
+        self._files = Files()
+        self._deepspeed.checkpoint_engine.save = self._files.save
+        self._deepspeed.checkpoint_engine.load = self._files.load
         self.model = self._deepspeed.module
         self._stage = config.zero.stage
+        self._partition = Partition(self._deepspeed, self._stage, world.rank)
         assert_declared(self.model, config.stage, optimized)
 
     def _backward(self, batch: Batch, step_supervised: int, *, is_last: bool) -> Tensor:
@@ -74,26 +81,18 @@ class ZeroEngine(Engine):
         self._deepspeed.step()
 
     @property
-    def lrs(self) -> dict[str, float]:
-        return {group["name"]: float(group["lr"]) for group in self._deepspeed.optimizer.param_groups}
+    def _param_groups(self) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = self._deepspeed.basic_optimizer.param_groups
+        return groups
 
-    def values(self) -> dict[str, Tensor]:
-        held = {}
-        for name, parameter in self.model.named_parameters():
-            value = self._master(parameter) if parameter.requires_grad else getattr(parameter, "ds_tensor", parameter)
-            if value is not None:
-                held[name] = value.detach()
-        return held
+    def _pieces(self, parameters: Mapping[str, nn.Parameter], moment: str | None = None) -> dict[str, Piece]:
+        return self._partition.pieces(parameters, moment)
 
-    def _master(self, parameter: nn.Parameter) -> Tensor | None:
-        if self._stage == 3:
-            from deepspeed.utils import safe_get_local_fp32_param
+    def _step_counts(self) -> list[Tensor]:
+        return self._partition.step_counts()
 
-            return safe_get_local_fp32_param(parameter)
-        mapping = getattr(parameter, "_hp_mapping", None)
-        if mapping is not None:
-            return mapping.get_hp_fragment()
-        return parameter if self._stage == 0 else None
+    def _publish(self) -> None:
+        self._partition.publish()
 
     def gather(self, part: Part) -> dict[str, Tensor] | None:
         tensors = part_state(self.model, part.value)
@@ -110,15 +109,15 @@ class ZeroEngine(Engine):
             return None
         return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
 
-    def save(self, folder: Path) -> list[Path]:
+    def _save_shards(self, folder: Path) -> list[Path]:
+        self._files.begin()
         self._deepspeed.save_checkpoint(
             str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=True
         )
-        # DeepSpeed does not tell what it wrote; its names carry the rank, and those that carry none are rank 0's.
-        written = [path for path in folder.glob("*.pt") if f"zero_pp_rank_{self.world.rank}_" in path.name]
-        return written + (list(folder.glob("mp_rank_*.pt")) if self.world.is_main else [])
+        self.world.settle(self._files.problem)
+        return list(self._files.written)
 
-    def load(self, folder: Path) -> None:
+    def _load_shards(self, folder: Path) -> None:
         # Frozen weights are not in the checkpoint, so DeepSpeed cannot be strict here; the caller compares the
         # fingerprint of every tensor instead, which is stricter than names.
         path, _ = self._deepspeed.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=False)
@@ -142,7 +141,7 @@ def deepspeed_config(config: RunConfig, world: World, dtype: torch.dtype) -> dic
     own: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro,
         # The planned number; the true borders are set micro-batch by micro-batch.
-        "gradient_accumulation_steps": config.stage.global_batch // (micro * world.size),
+        "gradient_accumulation_steps": math.ceil(config.stage.global_batch / (micro * world.size)),
         "gradient_clipping": config.stage.clip_norm,
         "zero_optimization": stage,
         "zero_allow_untested_optimizer": True,
@@ -154,16 +153,6 @@ def deepspeed_config(config: RunConfig, world: World, dtype: torch.dtype) -> dic
         # stage 0, and would replace stage 1's optimizer by another class.
         own["data_types"] = {"grad_accum_dtype": "fp32"}
     return own
-
-
-def _load_weights_only(path: str, map_location: Any = None) -> Any:
-    """DeepSpeed's reading of a checkpoint file without its permission to run whatever the file says."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
-        return torch.load(path, map_location=map_location, weights_only=True)
 
 
 @contextmanager

@@ -1,0 +1,69 @@
+"""A checkpoint of one number of ranks for another: converted once, before the ranks start, and sealed like any."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+from anchorformer.errors import UserError
+from anchorformer.weights import sha256
+from train.checkpoint import seal
+from train.checkpoint.retention import TEMPORARY, UNIVERSAL
+from train.distributed import alone
+from train.engine.saved import Saved
+from train.engine.universal import convert
+from train.folder import sync_folder
+
+log = logging.getLogger(__name__)
+
+SOURCE = "SOURCE"
+"""File of a conversion that holds the sha256 of the manifest of what it was made from."""
+
+
+def converted(position: Path) -> Path:
+    """The conversion that belongs to a checkpoint of DeepSpeed's shards.
+
+    Raises:
+        UserError: there is none; with the command that makes it.
+    """
+    folder = position.with_name(f"{UNIVERSAL}{position.name}")
+    source = folder / SOURCE
+    if not source.is_file() or source.read_text().strip() != sha256(position / seal.MANIFEST):
+        saved = Saved.read(position)
+        raise UserError(
+            f"checkpoint {position} was written by another number of ranks or ZeRO stage",
+            found=f"{saved.ranks} rank(s) under ZeRO-{saved.zero_stage}",
+            expected="the same, or a conversion beside it",
+            remedy=f"python -m train checkpoint convert {position.parent.parent} (`python -m train ... resume=auto` "
+            "does it by itself)",
+        )  # fmt: skip
+    return folder
+
+
+def ensure(position: Path, ranks: int, zero_stage: int) -> Path | None:
+    """Converts a complete checkpoint where so many ranks cannot read it as it is; one process calls it.
+
+    Returns:
+        The conversion; None where none is needed.
+
+    Raises:
+        UserError: the converter has failed, or there is no room.
+    """
+    saved = Saved.read(position)
+    if saved.fits(ranks, zero_stage):
+        return None
+    final = position.with_name(f"{UNIVERSAL}{position.name}")
+    if final.is_dir() and seal.damage(final, alone()) is None:
+        return converted(position)
+    log.info("converting %s from %d to %d rank(s)", position, saved.ranks, ranks)
+    partial = position.with_name(f"{TEMPORARY}{position.name}-universal")
+    for rest in (final, partial):
+        shutil.rmtree(rest, ignore_errors=True)
+    convert(position, partial)
+    (partial / SOURCE).write_text(sha256(position / seal.MANIFEST) + "\n")
+    files = {path.relative_to(partial).as_posix(): path for path in partial.rglob("*") if path.is_file()}
+    seal.seal(partial, [{name: seal.entry(path, 0) for name, path in sorted(files.items())}])
+    partial.rename(final)
+    sync_folder(position.parent)
+    return final

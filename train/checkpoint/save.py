@@ -1,0 +1,147 @@
+"""Writing a checkpoint: under a temporary name, each rank its own files, listed, sealed, then renamed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+from pathlib import Path
+
+from anchorformer.errors import UserError
+from train.checkpoint import retention, seal, state
+from train.checkpoint.resume import PRINTS, prove
+from train.checkpoint.state import TrainerState
+from train.distributed import World
+from train.engine import Engine
+from train.engine.saved import Form
+from train.fingerprint import Print, fingerprint, join
+from train.folder import RunFolder, sync_folder, write_atomically
+from train.optim import full_shape
+from train.writing import together
+
+log = logging.getLogger(__name__)
+
+REHEARSAL = ".tmp-step-rehearsal"
+SPARE = 1.05
+"""Room beyond the tensors themselves: file headers, positions, lists."""
+
+
+def save(
+    folder: RunFolder, engine: Engine, world: World, trainer: TrainerState, frozen: dict[str, Print], keep: int
+) -> Path:
+    """Writes `state/step-XXXXXXXX`; a kill at any moment leaves the older checkpoints and their `latest` intact.
+
+    Args:
+        frozen: fingerprints of what this rank holds of frozen parameters; they are not written, only proven.
+        keep: complete checkpoints that stay, this one counted.
+
+    Raises:
+        UserError: the disk has too little room, or does not take the files; on all ranks.
+    """
+    root = folder.state
+    name = f"step-{trainer.step:08d}"
+    problem: UserError | None = None
+    if world.is_main:
+        retention.sweep(root)
+        problem = lack_of_room(root, bytes_of(root, engine), "a checkpoint")
+    world.settle(problem)
+    partial = root / f".tmp-{name}"
+    _write(partial, folder, engine, world, trainer, frozen)
+    final = root / name
+    if world.is_main:
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        sync_folder(root)
+        write_atomically(root / retention.LATEST, name + "\n")
+        retention.prune(root, keep, final)
+    world.barrier()
+    return final
+
+
+def rehearse(folder: RunFolder, engine: Engine, world: World, trainer: TrainerState, frozen: dict[str, Print]) -> int:
+    """Saves the untrained state as it will be saved later, checks it, loads it back and removes it.
+
+    So a disk, a permission or a file system that a checkpoint cannot live with is met before the first step.
+
+    Returns:
+        Bytes of one checkpoint.
+
+    Raises:
+        UserError: it cannot be written, or what is read is not what was written.
+    """
+    if world.is_main:
+        retention.sweep(folder.state)
+    world.barrier()
+    partial = folder.state / REHEARSAL
+    _write(partial, folder, engine, world, trainer, frozen)
+    problem = seal.damage(partial, world)
+    if problem is not None:
+        raise UserError(
+            f"a checkpoint cannot be read back from {folder.state}", found=problem, expected="the bytes as written",
+            remedy="choose another disk for output_root",
+        )  # fmt: skip
+    engine.load(partial)
+    prove(partial, engine, world)
+    size = sum(described["bytes"] for described in seal.read(partial).values())
+    world.barrier()
+    if world.is_main:
+        shutil.rmtree(partial)
+    return size
+
+
+def bytes_of(root: Path, engine: Engine) -> int:
+    """Room that one checkpoint takes: as much as the newest one, or what is reckoned where there is none."""
+    complete = retention.complete(root)
+    if complete:
+        return sum(described["bytes"] for described in seal.read(complete[-1]).values())
+    trained = [value for value in engine.model.parameters() if value.requires_grad]
+    # fp32 weight and two moments; rank by rank, DeepSpeed adds the model's own copy.
+    own = [12 + (value.element_size() if engine.form is Form.shards else 0) for value in trained]
+    return round(SPARE * sum(math.prod(full_shape(value)) * size for value, size in zip(trained, own, strict=True)))
+
+
+def lack_of_room(root: Path, needed: int, what: str) -> UserError | None:
+    """The mistake that there is too little room below `root`, if there is."""
+    free = shutil.disk_usage(root).free
+    if free >= needed:
+        return None
+    return UserError(
+        f"there is no room for {what} in {root}", found=f"{_size(free)} free", expected=f"{_size(needed)} needed",
+        remedy="free disk space, lower checkpoint.keep, or set another output_root; then start again with resume=auto",
+    )  # fmt: skip
+
+
+def _write(
+    partial: Path, folder: RunFolder, engine: Engine, world: World, trainer: TrainerState, frozen: dict[str, Print]
+) -> None:
+    """Writes, hashes and seals all files of a checkpoint under a temporary name; all ranks call it."""
+    with together(world, partial):
+        if world.is_main:
+            partial.mkdir(parents=True)
+    written = engine.save(partial)
+    trained = {name: piece for name, piece in engine.values().items() if name not in frozen}
+    prints = join(world.gather(frozen | fingerprint(trained)))
+    entries: seal.Entries = {}
+    with together(world, partial):
+        if world.is_main:
+            (partial / PRINTS).write_text(json.dumps(prints))
+            metrics = _describe(folder.metrics)
+            written += [partial / PRINTS, state.write(partial, trainer, engine.config, folder.start, metrics)]
+        entries = {path.name: seal.entry(path, world.rank) for path in sorted(written)}
+    parts = world.gather(entries)
+    with together(world, partial):
+        if world.is_main:
+            seal.seal(partial, parts)
+
+
+def _describe(metrics: Path) -> dict[str, object]:
+    """Size and hash of the record so far, durable with the checkpoint that names them."""
+    if not metrics.is_file():
+        return {"bytes": 0, "sha256": None}
+    described = seal.entry(metrics, 0)
+    return {"bytes": described["bytes"], "sha256": described["sha256"]}
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,92 @@
+"""What would waste a run, asked before its first step: do the ranks agree, is it the same run, can it be saved."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from typing import TYPE_CHECKING
+
+from anchorformer.errors import UserError
+from train import checkpoint
+from train.checkpoint import TrainerState
+from train.checkpoint.save import bytes_of, lack_of_room
+from train.fingerprint import fingerprint
+from train.identity import Identity, check_ranks_agree, check_same_run
+from train.optim import full_shape
+from train.writing import together
+
+if TYPE_CHECKING:
+    from train.trainer import Run
+
+log = logging.getLogger(__name__)
+
+
+def before_first_step(run: Run) -> None:
+    """Refuses, on all ranks together, a run that would not come to its end as what it claims to be.
+
+    A fresh run also saves its untrained state through the real path, and loads it back.
+
+    Raises:
+        UserError: ranks that read other configs, code or data; a run that is not the one it was; a record that has been
+            changed; a folder that cannot be written, with too little room for all checkpoints, or that does not give
+            back what was written.
+    """
+    world = run.world
+    check_ranks_agree(world.gather((run.config.digest, run.identity)))
+    if run.resumed:
+        check_same_run(run.resumed.identity, run.identity, f"the checkpoint of step {run.first}")
+    _probe(run)
+    problem: UserError | None = None
+    if world.is_main:
+        try:
+            _check_record(run)
+            problem = _lack_of_room(run)
+        except UserError as error:
+            problem = error
+    world.settle(problem)
+    if run.resumed is None:
+        frozen = {name for name, value in run.engine.model.named_parameters() if not value.requires_grad}
+        prints = fingerprint({name: piece for name, piece in run.engine.values().items() if name in frozen})
+        state = TrainerState(0, run.steps.state_dict(), run.identity)
+        size = checkpoint.rehearse(run.folder, run.engine, world, state, prints)
+        log.info("a checkpoint takes %.1f MB; the untrained state has been saved, read back and removed", size / 1e6)
+
+
+def _probe(run: Run) -> None:
+    """Every rank writes where it will have to write."""
+    path = run.folder.state / f".probe-{run.world.rank}"
+    with together(run.world, path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as file:
+            file.write("probe")
+            file.flush()
+            os.fsync(file.fileno())
+        path.unlink()
+
+
+def _check_record(run: Run) -> None:
+    """Compares the run with what its folder says it is, or says it there for the first time."""
+    folder = run.folder
+    if folder.identity.is_file():
+        before = Identity(**json.loads(folder.identity.read_text()))
+        check_same_run(before, run.identity, f"{folder.identity} was written")
+    else:
+        folder.write_sealed({folder.identity.name: json.dumps(run.identity.to_dict(), indent=2) + "\n"})
+    position = folder.state / f"step-{run.first:08d}"
+    if run.resumed and position.is_dir():
+        checkpoint.check_metrics(position, folder)
+
+
+def _lack_of_room(run: Run) -> UserError | None:
+    """Room for all checkpoints that will lie there at one time, and for the trained model."""
+    config, root = run.config.checkpoint, run.folder.state
+    saves = 1 if config.every is None else math.ceil((run.total_steps - run.first) / config.every)
+    # A new one is complete before the oldest goes.
+    most = min(saves, config.keep + 1)
+    trained = [value for value in run.engine.model.parameters() if value.requires_grad]
+    model = sum(math.prod(full_shape(value)) * value.element_size() for value in trained)
+    there = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+    needed = max(0, most * bytes_of(root, run.engine) - there) + model
+    return lack_of_room(root, needed, f"{most} checkpoint(s) and the trained model")
