@@ -17,7 +17,7 @@ from anchorformer.kernels.backend import Backend
 from tests.train.cases import FINETUNE, batches_for, load_frozen, run_config
 from train.loss import supervised_loss
 
-SCORES = {"aten::bmm", "aten::_softmax", "aten::_softmax_backward_data", "aten::_scaled_dot_product_attention_math"}
+SCORES = {"aten::_softmax", "aten::_softmax_backward_data", "aten::_scaled_dot_product_attention_math"}
 """What attention is made of when its scores are a tensor."""
 WAITING = {"aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::_local_scalar_dense"}
 """Operations whose result the host has to know before it can go on."""
