@@ -13,23 +13,23 @@ BLOCK_N = 128
 
 @triton.jit
 def row_kernel(
-    query,
-    key,
-    scores,
-    query_image_stride,
-    query_head_stride,
-    query_width_stride,
-    key_image_stride,
-    key_head_stride,
-    key_token_stride,
-    key_width_stride,
-    num_heads,
-    num_tokens,
-    width,
-    scale,
+    query: tl.tensor,
+    key: tl.tensor,
+    scores: tl.tensor,
+    query_image_stride: tl.tensor,
+    query_head_stride: tl.tensor,
+    query_width_stride: tl.tensor,
+    key_image_stride: tl.tensor,
+    key_head_stride: tl.tensor,
+    key_token_stride: tl.tensor,
+    key_width_stride: tl.tensor,
+    num_heads: tl.tensor,
+    num_tokens: tl.tensor,
+    width: tl.tensor,
+    scale: tl.tensor,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
-):
+) -> None:
     """One head of one image over BLOCK_N keys; products and sums in fp32, no matrix unit."""
     token = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     head = tl.program_id(1).to(tl.int64)

@@ -10,17 +10,17 @@ from torch import Tensor
 
 @triton.jit
 def select_kernel(
-    scores,
-    indices,
-    image_stride,
-    head_stride,
-    token_stride,
-    num_heads,
-    per_head,
-    num_patches,
-    num_anchors,
+    scores: tl.tensor,
+    indices: tl.tensor,
+    image_stride: tl.tensor,
+    head_stride: tl.tensor,
+    token_stride: tl.tensor,
+    num_heads: tl.tensor,
+    per_head: tl.tensor,
+    num_patches: tl.tensor,
+    num_anchors: tl.tensor,
     BLOCK: tl.constexpr,
-):
+) -> None:
     """All heads of one image, whose patches stay in registers from the first head to the last.
 
     Among a head's keys the `per_head`-th largest is searched bit by bit from the top: a bit stays set if at least
