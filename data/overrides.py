@@ -36,8 +36,8 @@ class CommandLine:
         config: conf/<config>.yaml, whose defaults list names the groups.
         schema: dataclass that the mapping is going to be parsed into.
         keys: further keys, which the command replaces before it parses the mapping.
-        plugins: mappings whose fields only a class can know that needs torch; YAMLs list them all. Their groups are
-            called as they are: `model.selector` is filled by conf/selector.
+        plugins: mappings whose fields only a class that needs torch can know; the YAMLs of the group that fills one
+            (conf/selector for `model.selector`) list them all.
         remedies: group -> what may be typed where none of its files is right.
     """
 
