@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from train.config import StageConfig, ZeroConfig
+from train.compute import set_computation
+from train.config import Checkpointing, HardwareConfig, StageConfig, ZeroConfig
 from train.optim import parameter_groups
 from train.stage import freeze
 
@@ -76,6 +79,15 @@ def _reducer(master: Tensor) -> Callable[[Tensor], None]:
         parameter.grad = None
 
     return reduce
+
+
+def checkpoint_layers(model: Any, *, on: bool) -> None:
+    """Switches activation checkpointing of the language model's layers, as a run's `hardware` config does."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, message=".*activation_checkpointing")
+        model.language_model.gradient_checkpointing_disable()
+    if on:
+        set_computation(model, HardwareConfig(activation_checkpointing=Checkpointing.on))
 
 
 def run_step(rank: EmulatedRank, losses: Sequence[Callable[[], Tensor]]) -> Tensor:

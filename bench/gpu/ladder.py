@@ -15,7 +15,7 @@ from anchorformer.contracts import Batch
 from anchorformer.errors import run_guarded
 from anchorformer.lean import make_lean
 from bench.gpu.as_published import PaddedBatch, PublishedSelector, PublishedVision, collate_padded, padded_loss
-from bench.gpu.emulate import NOT_INCLUDED, EmulatedRank, run_step
+from bench.gpu.emulate import NOT_INCLUDED, EmulatedRank, checkpoint_layers, run_step
 from bench.gpu.session import Columns, Session, parser
 from bench.gpu.shapes import (
     LONGEST,
@@ -180,9 +180,10 @@ class Ladder:
                 gains = {"gain": slowest[-2] / slowest[-1] if slowest[1:] else None, "total": slowest[0] / slowest[-1]}
                 return columns | gains
 
-            self.session.row(labels, 90 if switches.compiled else 40, row)
+            self.session.row(labels, 120 if switches.compiled else 40, row)
             self.model.zero_grad(set_to_none=True)
         rank.close()
+        torch.compiler.reset()
 
     def _set(self, switches: Switches) -> None:
         """Puts the parts into the model that the switches say."""
@@ -192,10 +193,7 @@ class Ladder:
         if switches.lean:
             make_lean(self.language_model)
         self.model.train()
-        if switches.keeps_activations:
-            self.language_model.gradient_checkpointing_disable()
-        else:
-            self.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(self.model, on=not switches.keeps_activations)
         if switches.compiled:
             for part in (self.model.vision_tower, self.model.connector):
                 part.compile(backend=self.session.compiler)

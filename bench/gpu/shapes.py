@@ -72,19 +72,19 @@ class Scale:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
 
 
+def _published(group: str, name: str) -> dict[str, Any]:
+    """The one backbone's config.json that a YAML of conf/ states."""
+    (config,) = yaml.safe_load((CONF / group / f"{name}.yaml").read_text())["published"].values()
+    return {key: value for key, value in config.items() if key != "model_type"}
+
+
 def published_scale() -> Scale:
     """CLIP ViT-L/14 at 336 pixels and Vicuna-7B v1.5 in bf16 on the first CUDA device."""
     return Scale(
         device=torch.device("cuda", 0),
         dtype=torch.bfloat16,
-        vision={
-            "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-            "image_size": 336, "patch_size": 14, "projection_dim": 768,
-        },
-        text={
-            "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-            "num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
-        },
+        vision=_published("vision", "clip_l_336"),
+        text=_published("llm", "vicuna_7b"),
         num_anchors=145,
         connector={},
         sides=(336, 672, 1008),

@@ -16,12 +16,13 @@ from anchorformer.errors import run_guarded
 from anchorformer.lean import make_lean
 from anchorformer.modeling import AnchorFormerForConditionalGeneration
 from bench.gpu.as_published import collate_padded, padded_loss
-from bench.gpu.emulate import BUCKETS, NOT_INCLUDED, EmulatedRank, run_step
+from bench.gpu.emulate import BUCKETS, NOT_INCLUDED, EmulatedRank, checkpoint_layers, run_step
 from bench.gpu.first_token import first_token
 from bench.gpu.session import Columns, Session, allocated_gb, parser
 from bench.gpu.shapes import (
     CONNECTORS,
     Length,
+    Scale,
     build_language_model,
     build_model,
     make_examples,
@@ -129,26 +130,31 @@ class Steps:
     def _row(self, model: AnchorFormerForConditionalGeneration, cell: Cell) -> Columns | None:
         columns = self.session.row(
             cell.labels,
-            3 + 0.25 * cell.batch * cell.tiles,
+            self._seconds(cell),
             lambda: measure_cell(self.session, model, cell, self.options.ranks),
         )
         model.zero_grad(set_to_none=True)
         release(self.scale.device)
         return columns
 
+    def _seconds(self, cell: Cell) -> float:
+        """About how long a row takes, at three tenths of what the card can do."""
+        flops = useful_flops(self.scale, cell) * (4 / 3 if cell.as_llava else 1)
+        return 4 + (WARM_UP + TIMED) * flops / (0.3 * self.session.matmul_flops)
+
     def _largest(self, model: AnchorFormerForConditionalGeneration, cell: Cell) -> None:
         """The largest batch that fits: aimed at through two smaller ones, then less until it does."""
         if self.scale.device.type != "cuda":
             return
-        peaks = {}
+        reserved = {}
         for batch in (8, 24):
             columns = self._row(model, replace(cell, batch=batch))
             if columns is None:
                 return
-            peaks[batch] = columns["reserved_gb"]
+            reserved[batch] = columns["reserved_gb"]
         total = torch.cuda.get_device_properties(self.scale.device).total_memory / GB
-        per_sample = (peaks[24] - peaks[8]) / 16
-        batch = 24 + int((USABLE * total - peaks[24]) / per_sample)
+        per_sample = (reserved[24] - reserved[8]) / 16
+        batch = 24 + int((USABLE * total - reserved[24]) / per_sample)
         while batch > 24:
             if self._row(model, replace(cell, batch=batch)) is not None:
                 return
@@ -159,10 +165,7 @@ def measure_cell(session: Session, model: AnchorFormerForConditionalGeneration, 
     """Time and memory of one rank's step."""
     device = session.scale.device
     model.train()
-    if cell.as_llava:
-        model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
-    else:
-        model.language_model.gradient_checkpointing_disable()
+    checkpoint_layers(model, on=cell.as_llava)
     rank = EmulatedRank(model, stage_config(cell.stage), ranks)
     try:
         fixed_gb = allocated_gb(device)
@@ -191,10 +194,8 @@ def measure_cell(session: Session, model: AnchorFormerForConditionalGeneration, 
 def expected(session: Session, model: Any, cell: Cell, ranks: int, step: float, found: Columns) -> Columns:
     """What the plan says of this step beside what was found: arithmetic per second, and memory with its error."""
     shapes, trains = plan_shapes(session.scale, cell.connector), stage_config(cell.stage).trains
-    length = cell.lengths[0]
-    sample = Work.of_sample(shapes, text=length.text, supervised=length.supervised, images=length.images)
-    flops = cell.batch * sum(model_flops(shapes, trains, sample).values())
-    positions = round(cell.batch * sample.positions)
+    flops, length = useful_flops(session.scale, cell), cell.lengths[0]
+    positions = sum(length.positions(shapes.connector.queries) for length in cell.lengths)
     layout = Layout(
         ranks=ranks, zero=2, value_bytes=session.scale.dtype.itemsize, checkpointing=cell.as_llava,
         bucket=ZeroConfig().bucket_size, buckets=BUCKETS, lean=not cell.as_llava,
@@ -210,6 +211,13 @@ def expected(session: Session, model: Any, cell: Cell, ranks: int, step: float, 
         "predicted_gb": predicted,
         "prediction_error": predicted / found["peak_gb"] - 1 if found["peak_gb"] else None,
     }  # fmt: skip
+
+
+def useful_flops(scale: Scale, cell: Cell) -> float:
+    """Of one step, by the plan's accounting: what is computed twice counts once."""
+    shapes, length = plan_shapes(scale, cell.connector), cell.lengths[0]
+    sample = Work.of_sample(shapes, text=length.text, supervised=length.supervised, images=length.images)
+    return cell.batch * sum(model_flops(shapes, stage_config(cell.stage).trains, sample).values())
 
 
 def time_steps(step: Callable[[], Tensor], session: Session) -> tuple[list[float], float]:
