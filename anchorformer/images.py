@@ -117,11 +117,15 @@ class ImageTransform:
         rgb = image.convert("RGB")
         width, height = rgb.size
         side = max(width, height)
+        if width > height:
+            # Pillow resizes along rows first and rounds to bytes between. Along rows first by itself, and only then
+            # padded above and below, gives the same bytes, without resizing rows of padding.
+            rgb = rgb.resize((self.image_size, height), Image.Resampling.BICUBIC)
         if width != height:
-            square = Image.new("RGB", (side, side), self.fill_rgb)
-            square.paste(rgb, ((side - width) // 2, (side - height) // 2))
-            rgb = square
-        if side != self.image_size:
+            padded = Image.new("RGB", (rgb.width if width > height else side, side), self.fill_rgb)
+            padded.paste(rgb, ((padded.width - rgb.width) // 2, (side - height) // 2))
+            rgb = padded
+        if rgb.size != (self.image_size, self.image_size):
             rgb = rgb.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
 

@@ -84,8 +84,10 @@ class Row:
         return {**asdict(self), "ratio": self.ratio, "met": self.met}
 
 
-def cpu_seconds(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+def cpu_seconds(calls: dict[str, Callable[[], object]], repeats: int, *, warm_up: bool = True) -> dict[str, float]:
     """Least CPU seconds of each call over `repeats` rounds, after one round that is not counted.
+
+    A call that takes minutes needs no such round: filling its caches is lost in it.
 
     The calls take turns (A, B, A, B, ...), so that a machine that slows down slows all of them; CPU seconds instead of
     wall time, and the least of several, because other processes may use the same cores.
@@ -94,12 +96,12 @@ def cpu_seconds(calls: dict[str, Callable[[], object]], repeats: int) -> dict[st
     gc.collect()
     gc.disable()  # a collection costs a tenth of a second and would fall on whichever call allocates
     try:
-        for round_ in range(repeats + 1):
+        for round_ in range(repeats + warm_up):
             for name, call in calls.items():
                 before = time.process_time()
                 call()
                 taken = time.process_time() - before
-                if round_:
+                if round_ >= warm_up:
                     least[name] = min(least[name], taken)
     finally:
         gc.enable()

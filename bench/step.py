@@ -1,0 +1,158 @@
+"""Forward and backward of both stages: everything as published, against everything of ours, on the same samples.
+
+Mid-size, because a CPU has to do it: ViT-B/14 at 336 pixels and 8 layers of a 7B Llama, in bf16, batch 4. The optimizer
+is left out of both: it costs the same and would only dilute the ratio.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModel, AutoModelForCausalLM
+
+from anchorformer.kernels.attention import TEXT_ATTENTION
+from anchorformer.lean import make_lean
+from bench import lengths
+from bench.gpu.as_published import PublishedSelector, PublishedVision, collate_padded, padded_loss
+from bench.gpu.ladder import draw
+from bench.gpu.shapes import (
+    Length,
+    Scale,
+    build_language_model,
+    build_model,
+    made_in,
+    make_examples,
+    read_lengths,
+    stage_config,
+    tiny_scale,
+)
+from bench.published.connector import PublishedConnector
+from bench.runner import Row, Size, cpu_seconds, error
+from data.collate import collate
+from train.loss import supervised_loss
+from train.stage import freeze
+
+BATCH = 4
+GOALS = {1: 1.8, 2: 2.5}
+"""How many times faster, by stage."""
+
+
+def rows(size: Size) -> Iterator[Row]:
+    if size is Size.quick:
+        return
+    scale = tiny_scale() if size is Size.tiny else mid_scale()
+    pair = _Pair(scale)
+    samples = read_lengths(lengths.FILE, tiny=size is Size.tiny)
+    for stage, name in ((1, "captions"), (2, "counted")):
+        yield from _stage(pair, stage, samples[stage][name], size)
+
+
+def mid_scale() -> Scale:
+    """ViT-B/14 at 336 pixels and the first 8 layers of a 7B Llama, bf16, on the CPU."""
+    return replace(
+        tiny_scale(),
+        dtype=torch.bfloat16,
+        vision={
+            "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+            "image_size": 336, "patch_size": 14, "projection_dim": 512,
+        },
+        text={
+            "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 8, "num_attention_heads": 32,
+            "num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+        },
+        num_anchors=145,
+        connector={},
+    )  # fmt: skip
+
+
+class _Pair:
+    """Two models over one set of weights: all parts as published, all parts ours."""
+
+    def __init__(self, scale: Scale) -> None:
+        self.image_tokens = scale.num_anchors
+        plain = build_language_model(scale)
+        self.ours = build_model(scale, "anchor_former", _lean_twin(plain))
+        self.published = build_model(scale, "anchor_former", plain)
+        with made_in(scale):
+            whole = AutoModel.from_config(scale.vision_config, attn_implementation="eager", dtype=scale.dtype)
+        whole.load_state_dict(self.ours.vision_tower.model.state_dict(), strict=False)
+        parts: Any = self.published
+        parts.vision_tower = PublishedVision(whole)
+        parts.selector = PublishedSelector(scale.num_anchors)
+        parts.connector = PublishedConnector(self.ours.connector)
+
+
+def _lean_twin(plain: Any) -> Any:
+    with torch.device("meta"):
+        lean = AutoModelForCausalLM.from_config(plain.config, attn_implementation=TEXT_ATTENTION)
+    lean.load_state_dict(plain.state_dict(keep_vars=True), assign=True)
+    # Buffers that no state dict holds: the frequencies of the rotation.
+    lean.model.rotary_emb = plain.model.rotary_emb
+    make_lean(lean)
+    return lean
+
+
+def _stage(pair: _Pair, stage: int, found: list[Length], size: Size) -> Iterator[Row]:
+    samples = _one_rank(stage, found, pair.image_tokens)
+    ours, published = pair.ours, pair.published
+    freeze(ours, stage_config(stage))  # the weights of both
+    examples = make_examples(ours, samples)
+    supervised = sum(length.supervised for length in samples)
+    batch, padded = collate(examples), collate_padded(examples)
+
+    def new() -> list[Tensor]:
+        return _step(pair, ours, lambda: supervised_loss(ours, batch, supervised))
+
+    def old(checkpointing: bool) -> list[Tensor]:
+        language_model = published.language_model
+        if checkpointing:
+            language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            language_model.gradient_checkpointing_disable()
+        return _step(pair, published, lambda: padded_loss(published, padded, supervised, all_logits=True))
+
+    results: dict[str, list[Tensor]] = {}
+    calls: dict[str, Callable[[], object]] = {
+        "new": lambda: results.update(new=new()),
+        "checkpointed": lambda: results.update(checkpointed=old(checkpointing=True)),
+        "kept": lambda: results.update(kept=old(checkpointing=False)),
+    }
+    seconds = cpu_seconds(calls, repeats=1, warm_up=size is Size.tiny)
+    # In bf16 the paths choose a few other anchors, as any rounding does; there the loss alone is compared.
+    exact = ours.dtype is torch.float32
+    limit, compared = (1e-4, None) if exact else (2.0**-8, 1)
+    positions = [length.positions(pair.image_tokens) for length in samples]
+    for name, how in (("checkpointed", "with checkpointing"), ("kept", "without checkpointing")):
+        difference = max(map(error, results["new"][:compared], results[name][:compared]))
+        yield Row(
+            name=f"stage-{stage} step, batch {BATCH}, {how} in the published one", unit="s", old=seconds[name],
+            new=seconds["new"], equal=difference < limit, goal_ratio=None if size is Size.tiny else GOALS[stage],
+            note=f"forward and backward, {sum(positions)} real positions, {BATCH * max(positions)} padded, "
+            f"{supervised} supervised; equal: {'loss and gradients' if exact else 'the loss'} to {limit:.0e} ({difference:.0e})",
+        )  # fmt: skip
+
+
+def _one_rank(stage: int, found: list[Length], image_tokens: int) -> list[Length]:
+    """The four samples of a rank whose padding is the middle one, in a step whose padding is the middle one."""
+    step = draw(stage, found, image_tokens, BATCH)
+
+    def real_share(share: list[int]) -> float:
+        positions = [step.lengths[index].positions(image_tokens) for index in share]
+        return sum(positions) / (len(positions) * max(positions))
+
+    shares = sorted(step.published, key=real_share)
+    return [step.lengths[index] for index in shares[len(shares) // 2]]
+
+
+def _step(pair: _Pair, model: Any, loss: Callable[[], Tensor]) -> list[Tensor]:
+    """The loss and the gradients of the connector, which trains in both stages; all gradients are let go."""
+    model.train()
+    value = loss()
+    value.backward()
+    found = [value.detach(), *(weight.grad for weight in pair.ours.connector.parameters() if weight.grad is not None)]
+    pair.ours.zero_grad(set_to_none=True)
+    return found
