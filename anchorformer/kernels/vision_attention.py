@@ -47,7 +47,7 @@ def attend_with_cls_row(
     if not torch.compiler.is_compiling():
         _log_once(query_BHNK.device.type, query_BHNK.dtype, obstacle)
     if obstacle is None:
-        return _fused(query_BHNK.detach(), key_BHNK.detach(), value_BHNK.detach(), scale)
+        return _fused(query_BHNK, key_BHNK, value_BHNK, scale)
     out_BNHK = attend(query_BHNK, key_BHNK, value_BHNK, scale=scale, mask=mask, dropout=dropout)
     return out_BNHK, cls_row(query_BHNK, key_BHNK, scale)
 
