@@ -43,7 +43,7 @@ class _CrossEntropySum(torch.autograd.Function):
         logits_QC, targets_Q, lse_Q = ctx.saved_tensors
         grad_QC = torch.empty_like(logits_QC)
         for rows in _chunks(logits_QC):
-            chunk = logits_QC[rows].float().sub_(lse_Q[rows, None]).exp_()
+            chunk = (logits_QC[rows] - lse_Q[rows, None]).exp_()  # fp32, as the lse is, and a tensor of its own
             chunk.scatter_add_(1, targets_Q[rows, None], -torch.ones_like(lse_Q[rows, None]))
             grad_QC[rows] = chunk.mul_(grad)
         return grad_QC, None

@@ -29,7 +29,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 from anchorformer.kernels import rms_norm as rms_norm_module
 from anchorformer.kernels import rope as rope_module
 from anchorformer.kernels import swiglu as swiglu_module
-from anchorformer.kernels.attention import TEXT_ATTENTION
+from anchorformer.kernels.attention import FLAT_MASK, TEXT_ATTENTION
 from anchorformer.kernels.rms_norm import rms_norm
 from anchorformer.kernels.rope import rotate
 from anchorformer.kernels.swiglu import swiglu
@@ -139,14 +139,14 @@ def test_unknown_families_and_activations_keep_their_own_code(caplog: pytest.Log
 # --- saved bytes -----------------------------------------------------------------------------------------------------
 
 
-def _saved_kib_per_token(width: int, layers: int, trainable: bool) -> float:
+def _saved_kib_per_token(width: int, layers: int, trainable: bool, device: str) -> float:
     """Bytes kept for backward by a flat forward, each storage once and parameters not, at Llama-2-7B's proportions."""
     positions = 704  # beyond the rows for which the CPU chooses attention with scores
     config = LlamaConfig(
         vocab_size=64, hidden_size=width, intermediate_size=width * 11008 // 4096, num_hidden_layers=layers,
         num_attention_heads=width // 128,
     )  # fmt: skip
-    model = LlamaForCausalLM._from_config(config, attn_implementation=TEXT_ATTENTION, dtype=torch.bfloat16)
+    model = LlamaForCausalLM._from_config(config, attn_implementation=TEXT_ATTENTION, dtype=torch.bfloat16).to(device)
     model.requires_grad_(trainable)
     make_lean(model)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -158,20 +158,22 @@ def _saved_kib_per_token(width: int, layers: int, trainable: bool) -> float:
             kept[pointer] = tensor
         return tensor
 
-    embeds = torch.randn(1, positions, width, dtype=torch.bfloat16, requires_grad=True)
+    embeds = torch.randn(1, positions, width, dtype=torch.bfloat16, device=device, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(
-            inputs_embeds=embeds, position_ids=torch.arange(positions)[None], use_cache=False, logits_to_keep=1,
-            cu_seq_lens_q=torch.tensor([0, positions], dtype=torch.int32), max_length_q=positions,
+            inputs_embeds=embeds, position_ids=torch.arange(positions, device=device)[None], use_cache=False,
+            attention_mask=FLAT_MASK, cu_seq_lens_q=torch.tensor([0, positions], dtype=torch.int32, device=device),
+            max_length_q=positions, logits_to_keep=1,
         )  # fmt: skip
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 1024 / positions
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("trainable", "limit"), [(False, 95), (True, 133)])
 @pytest.mark.parametrize("width", [512, pytest.param(4096, marks=pytest.mark.slow)])
-def test_saved_bytes_of_a_layer_at_7b_width(width: int, trainable: bool, limit: float) -> None:
+def test_saved_bytes_of_a_layer_at_7b_width(width: int, trainable: bool, limit: float, device: str) -> None:
     """Bytes per token are proportional to the width, so an eighth of it tells the same; two layers minus one."""
-    one, two = (_saved_kib_per_token(width, layers, trainable) for layers in (1, 2))
+    one, two = (_saved_kib_per_token(width, layers, trainable, device) for layers in (1, 2))
     assert (two - one) * 4096 / width <= limit
 
 
