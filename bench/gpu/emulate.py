@@ -33,8 +33,8 @@ class EmulatedRank:
         freeze(model, stage)
         self.clip_norm = stage.clip_norm
         groups = parameter_groups(model, stage)
-        self._shares: list[tuple[Tensor, Tensor]] = []
-        """This rank's slice of each trained parameter, and its fp32 twin."""
+        self._shares: list[tuple[Tensor, Tensor, Tensor]] = []
+        """This rank's slice of each trained parameter, its fp32 twin, and the twin's gradient."""
         self._hooks: list[RemovableHandle] = []
         trained = []
         for group in groups:
@@ -43,7 +43,7 @@ class EmulatedRank:
                 mine = parameter.detach().view(-1)[: math.ceil(parameter.numel() / ranks)]
                 master = mine.float()
                 master.grad = torch.zeros_like(master)
-                self._shares.append((mine, master))
+                self._shares.append((mine, master, master.grad))
                 trained.append(parameter)
                 group["params"][index] = master
         first = self._shares[0][0]
@@ -51,17 +51,17 @@ class EmulatedRank:
         self._buckets = first.new_empty(BUCKETS, ZeroConfig().bucket_size)
         self.step()  # the moments exist from here on
         # Last, so that nothing is left on the model where memory ran out before.
-        for parameter, (_, master) in zip(trained, self._shares, strict=True):
-            self._hooks.append(parameter.register_post_accumulate_grad_hook(_reducer(master)))
+        for parameter, (_, _, total) in zip(trained, self._shares, strict=True):
+            self._hooks.append(parameter.register_post_accumulate_grad_hook(_reducer(total)))
 
     def step(self) -> None:
         """Clips, updates this rank's share, casts it back into the model's weights and clears the gradients."""
-        masters = [master for _, master in self._shares]
+        mine, masters, totals = (list(column) for column in zip(*self._shares, strict=True))
         nn.utils.clip_grad_norm_(masters, self.clip_norm)
         self.optimizer.step()
         with torch.no_grad():
-            torch._foreach_copy_([mine for mine, _ in self._shares], masters)
-            torch._foreach_zero_([master.grad for master in masters])
+            torch._foreach_copy_(mine, masters)
+            torch._foreach_zero_(totals)
 
     def close(self) -> None:
         """Leaves the model as it was, so that another rank can be built around it."""
@@ -71,11 +71,10 @@ class EmulatedRank:
         del self.optimizer, self._buckets
 
 
-def _reducer(master: Tensor) -> Callable[[Tensor], None]:
+def _reducer(total: Tensor) -> Callable[[Tensor], None]:
     def reduce(parameter: Tensor) -> None:
-        assert master.grad is not None
         assert parameter.grad is not None
-        master.grad.add_(parameter.grad.reshape(-1)[: master.numel()])
+        total.add_(parameter.grad.reshape(-1)[: total.numel()])
         parameter.grad = None
 
     return reduce

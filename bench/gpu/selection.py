@@ -46,21 +46,20 @@ def selection(session: Session) -> None:
                 for variant, make in _variants(session, inputs[0], batch).items():
                     labels = {"what": "selection", "variant": variant, "heads_agree": agree, "anchors": num_anchors,
                               "batch": batch}  # fmt: skip
+                    session.row(labels, 1, partial(_row, session, make, inputs, expected))
 
-                    def row(
-                        make: Callable[[], Way] = make, inputs: list[tuple[Tensor, int]] = inputs,
-                        expected: list[list[int]] = expected, variant: str = variant,
-                    ) -> Columns:  # fmt: skip
-                        run = make()
-                        columns: Columns = {}
-                        if "graph" not in variant:  # a replay hands nothing back
-                            found = run(*inputs[0])
-                            got = found if isinstance(found, list) else found.tolist()
-                            columns["equal"] = got[:LARGEST_PUBLISHED] == expected
-                        timing = measure(run, inputs, device, seconds=0.05)
-                        return {**timing.columns(), "ms_per_image": timing.ms / len(inputs[0][0]), **columns}
 
-                    session.row(labels, 1, row)
+def _row(
+    session: Session, make: Callable[[], Way], inputs: list[tuple[Tensor, int]], expected: list[list[int]]
+) -> Columns:
+    run = make()
+    found = run(*inputs[0])
+    columns: Columns = {}
+    if found is not None:  # a replayed graph hands nothing back
+        got = found if isinstance(found, list) else found.tolist()
+        columns["equal"] = got[:LARGEST_PUBLISHED] == expected
+    timing = measure(run, inputs, session.scale.device, seconds=0.05)
+    return {**timing.columns(), "ms_per_image": timing.ms / len(inputs[0][0]), **columns}
 
 
 def _variants(session: Session, arguments: tuple[Tensor, int], batch: int) -> dict[str, Callable[[], Way]]:

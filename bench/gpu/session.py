@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from anchorformer.errors import UserError
 from bench import lengths
@@ -108,6 +109,12 @@ class Session:
         self.sheet.write()
         if self._errors:
             raise ExceptionGroup(f"{len(self._errors)} row(s) failed", self._errors)
+
+
+def relative_error(got: Tensor, reference: Tensor) -> float:
+    """|got - reference| / |reference| over the whole tensor, in fp32."""
+    got, reference = got.detach().float(), reference.detach().float()
+    return float(torch.linalg.vector_norm(got - reference) / torch.linalg.vector_norm(reference))
 
 
 def allocated_gb(device: torch.device) -> float | None:

@@ -8,11 +8,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
-from torch import nn
 from transformers import AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig, PreTrainedModel
 
 from anchorformer.configuration import AnchorFormerConfig
@@ -61,6 +60,12 @@ class Scale:
     @property
     def text_config(self) -> LlamaConfig:
         return LlamaConfig(**self.text)
+
+    @property
+    def vision_batches(self) -> list[tuple[int, int, int]]:
+        """(image side, visual tokens, images): 336 x 32, 672 x 4 and 1008 x 1 at the published sizes."""
+        patch = self.vision["patch_size"]
+        return [(side, (side // patch) ** 2 + 1, batch) for side, batch in zip(self.sides, (32, 4, 1), strict=False)]
 
     @property
     def image_token_id(self) -> int:
@@ -206,10 +211,12 @@ class Length:
         return self.text + self.images * num_image_tokens
 
 
-def make_examples(model: nn.Module, lengths: Sequence[Length], seed: int = 0) -> list[Example]:
+def make_examples(
+    model: AnchorFormerForConditionalGeneration, lengths: Sequence[Length], seed: int = 0
+) -> list[Example]:
     """Samples of these lengths: images after the first word, the last positions supervised."""
-    generator = torch.Generator().manual_seed(seed)
-    placeholder, side = model.config.image_token_id, model.vision_tower.image_size
+    generator = torch.Generator().manual_seed(0)
+    placeholder, side = model.image_token_id, int(cast(Any, model.vision_tower).image_size)
     examples = []
     for number, length in enumerate(lengths):
         words = torch.randint(0, placeholder, (length.text,), generator=generator)
