@@ -81,12 +81,18 @@ class Session:
         Args:
             seconds: about how long it takes.
         """
-        columns: Columns = {}
+        found = self.rows(labels, seconds, lambda: [measure()])
+        return found[0] if found else None
+
+    def rows(self, labels: Mapping[str, Any], seconds: float, measure: Callable[[], list[Columns]]) -> list[Columns]:
+        """The same for several rows that come out of one measurement; none where they were left out."""
+        found: list[Columns] = []
+        left_out: str | None = None
         if not self.budget.allows(seconds):
-            left_out: str | None = f"time budget: {self.budget.spent:.0f} s spent, about {seconds:.0f} s needed"
+            left_out = f"time budget: {self.budget.spent:.0f} s spent, about {seconds:.0f} s needed"
         else:
             try:
-                columns, left_out = measure(), None
+                found = measure()
             except torch.OutOfMemoryError:
                 left_out = "out of memory"
             except Exception as error:  # noqa: BLE001 (a loan is too short to lose the rows behind a failing one)
@@ -95,10 +101,11 @@ class Session:
                 self._errors.append(error)
                 left_out = f"failed: {type(error).__name__}: {str(error)[:200]}"
         release(self.scale.device)
-        row = {**labels, **columns, "left_out": left_out}
-        self.sheet.add(row)
-        print(f"[{self.budget.spent:4.0f} s] {_line(row)}", flush=True)
-        return None if left_out else columns
+        for columns in found or [{}]:
+            row = {**labels, **columns, "left_out": left_out}
+            self.sheet.add(row)
+            print(f"[{self.budget.spent:4.0f} s] {_line(row)}", flush=True)
+        return found
 
     def close(self) -> None:
         """

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from anchorformer.modeling import AnchorFormerForConditionalGeneration
 from bench.gpu.as_published import collate_padded, padded_loss
 from bench.gpu.emulate import BUCKETS, NOT_INCLUDED, EmulatedRank, checkpoint_layers, run_step
 from bench.gpu.first_token import first_token
+from bench.gpu.kernels import kernel_rows
 from bench.gpu.session import Columns, Session, allocated_gb, parser
 from bench.gpu.shapes import (
     CONNECTORS,
@@ -78,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--tiles", default="1,4,9")
     options.add_argument("--bs", default="4", help="samples per step, comma-separated (default: 4)")
     options.add_argument("--bs-max", choices=("auto", "off"), default="auto", help="also the largest that fits, 1 tile")
+    options.add_argument("--kernels", action="store_true", help="also where the time of AnchorFormer's steps goes")
     options.add_argument("--ranks", type=int, default=8, help="ZeRO-2 ranks of which one is emulated (default: 8)")
     parsed = options.parse_args(arguments)
     session = Session("gpu-step", parsed)
@@ -110,6 +114,9 @@ class Steps:
                 for batch in self.batches:
                     for tiles in self.tiles:
                         self._row(model, Cell(stage=stage, connector=connector, tiles=tiles, batch=batch))
+                if self.options.kernels and connector == "anchor_former":
+                    for batch in (4, 16):
+                        self._kernels(model, Cell(stage=stage, connector=connector, tiles=1, batch=batch))
                 if self.options.bs_max == "auto":
                     self._largest(model, Cell(stage=stage, connector=connector, tiles=1, batch=1))
             del model
@@ -128,14 +135,15 @@ class Steps:
             del model
 
     def _row(self, model: AnchorFormerForConditionalGeneration, cell: Cell) -> Columns | None:
-        columns = self.session.row(
-            cell.labels,
-            self._seconds(cell),
-            lambda: measure_cell(self.session, model, cell, self.options.ranks),
-        )
-        model.zero_grad(set_to_none=True)
-        release(self.scale.device)
-        return columns
+        measure = partial(measure_cell, self.session, model, cell, self.options.ranks)
+        return self.session.row(cell.labels, self._seconds(cell), measure)
+
+    def _kernels(self, model: AnchorFormerForConditionalGeneration, cell: Cell) -> None:
+        def profiled() -> list[Columns]:
+            with prepared(self.session, model, cell, self.options.ranks) as step:
+                return kernel_rows(step, self.scale.device)
+
+        self.session.rows({**cell.labels, "what": "kernels of a step"}, self._seconds(cell), profiled)
 
     def _seconds(self, cell: Cell) -> float:
         """About how long a row takes, at three tenths of what the card can do."""
@@ -161,37 +169,46 @@ class Steps:
             batch = int(batch * 0.92)
 
 
-def measure_cell(session: Session, model: AnchorFormerForConditionalGeneration, cell: Cell, ranks: int) -> Columns:
-    """Time and memory of one rank's step."""
+@contextmanager
+def prepared(
+    session: Session, model: AnchorFormerForConditionalGeneration, cell: Cell, ranks: int
+) -> Iterator[Callable[[], Tensor]]:
+    """The cell's step, ready to be called: forward, backward and the rank's optimizer; gives the loss on the device."""
     device = session.scale.device
     model.train()
     checkpoint_layers(model, on=cell.as_llava)
     rank = EmulatedRank(model, stage_config(cell.stage), ranks)
     try:
-        fixed_gb = allocated_gb(device)
         examples = make_examples(model, cell.lengths)
+        batch: Any = collate_padded(examples) if cell.as_llava else collate(examples)
+        held = batch.pin_memory() if device.type == "cuda" else batch
         supervised = sum(length.supervised for length in cell.lengths)
-        loss: Callable[[], Tensor]
-        if cell.as_llava:
-            padded = collate_padded(examples)
-            padded = padded.pin_memory() if device.type == "cuda" else padded
-            loss = lambda: padded_loss(model, padded.to(device), supervised, all_logits=True)  # noqa: E731
-        else:
-            packed = collate(examples)
-            packed = packed.pin_memory() if device.type == "cuda" else packed
-            loss = lambda: supervised_loss(model, packed.to(device), supervised)  # noqa: E731
-        seconds, value = time_steps(lambda: run_step(rank, [loss]), session)
+
+        def loss() -> Tensor:
+            if cell.as_llava:
+                return padded_loss(model, held.to(device), supervised, all_logits=True)
+            return supervised_loss(model, held.to(device), supervised)
+
+        yield lambda: run_step(rank, [loss])
     finally:
         rank.close()
-    step = statistics.median(seconds)
-    found = peaks(device)
+        model.zero_grad(set_to_none=True)
+
+
+def measure_cell(session: Session, model: AnchorFormerForConditionalGeneration, cell: Cell, ranks: int) -> Columns:
+    """Time and memory of one rank's step."""
+    with prepared(session, model, cell, ranks) as step:
+        fixed_gb = allocated_gb(session.scale.device)
+        seconds, loss = time_steps(step, session)
+    median, found = statistics.median(seconds), peaks(session.scale.device)
     return {
-        "step_ms": 1e3 * step, "samples_s": cell.batch / step, **expected(session, model, cell, ranks, step, found),
-        "fixed_gb": fixed_gb, **found, "low_ms": 1e3 * min(seconds), "high_ms": 1e3 * max(seconds), "loss": value,
+        "step_ms": 1e3 * median, "samples_s": cell.batch / median,
+        **expected(session, cell, ranks, median, found),
+        "fixed_gb": fixed_gb, **found, "low_ms": 1e3 * min(seconds), "high_ms": 1e3 * max(seconds), "loss": loss,
     }  # fmt: skip
 
 
-def expected(session: Session, model: Any, cell: Cell, ranks: int, step: float, found: Columns) -> Columns:
+def expected(session: Session, cell: Cell, ranks: int, step: float, found: Columns) -> Columns:
     """What the plan says of this step beside what was found: arithmetic per second, and memory with its error."""
     shapes, trains = plan_shapes(session.scale, cell.connector), stage_config(cell.stage).trains
     flops, length = useful_flops(session.scale, cell), cell.lengths[0]
