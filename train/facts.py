@@ -17,6 +17,7 @@ class StepFacts:
         sample_ids: rank by rank, micro-batch by micro-batch.
         padding_share: share of positions that ranks wait for instead of computing: within a micro-batch every rank
             waits for the longest. (Batches themselves hold no padding.)
+        squares: sum over the samples of their positions squared, which is what attention pays for.
         own_seconds: of each rank, what `train.pace` measures.
         signal: name of the signal that asks the run to stop, whichever rank has received it; empty where none has.
     """
@@ -27,6 +28,7 @@ class StepFacts:
     images: int
     skipped: int
     padding_share: float
+    squares: int = 0
     own_seconds: tuple[float, ...] = ()
     signal: str = ""
 
@@ -34,9 +36,12 @@ class StepFacts:
 def gather_facts(world: World, batches: Sequence[Batch], own_seconds: float = 0.0, signal: str = "") -> StepFacts:
     """One exchange on the host, before the step's first forward, because the loss is divided by its total."""
     mine = [
-        (batch.sample_ids, batch.num_tokens, batch.num_supervised, batch.tiles_B3HW.shape[0], batch.num_skipped)
+        (
+            batch.sample_ids, batch.num_tokens, batch.num_supervised, batch.tiles_B3HW.shape[0], batch.num_skipped,
+            int(batch.cu_seqlens.diff().long().square().sum()),
+        )
         for batch in batches
-    ]
+    ]  # fmt: skip
     ranks, seconds, signals = zip(*world.gather((mine, own_seconds, signal)), strict=True)
     every = [micro for rank in ranks for micro in rank]
     tokens = sum(micro[1] for micro in every)
@@ -48,6 +53,7 @@ def gather_facts(world: World, batches: Sequence[Batch], own_seconds: float = 0.
         images=sum(micro[3] for micro in every),
         skipped=sum(micro[4] for micro in every),
         padding_share=round(1.0 - tokens / slots, 6) if slots else 0.0,
+        squares=sum(micro[5] for micro in every),
         own_seconds=seconds,
         signal=next(filter(None, signals), ""),
     )

@@ -14,6 +14,7 @@ import torch
 from train.config import Part
 from train.facts import StepFacts
 from train.folder import write_atomically
+from train.mfu import Mfu
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,9 @@ def step_record(
     }  # fmt: skip
 
 
-def time_record(seconds: float, data_wait: float, facts: StepFacts, device: torch.device) -> dict[str, float]:
+def time_record(
+    seconds: float, data_wait: float, facts: StepFacts, device: torch.device, mfu: Mfu | None = None
+) -> dict[str, float]:
     """Rates over all ranks, what each took by itself (`train.pace`), and rank 0's wait for data and peak memory."""
     own = facts.own_seconds
     return {
@@ -59,7 +62,7 @@ def time_record(seconds: float, data_wait: float, facts: StepFacts, device: torc
         "own_seconds_mean": sum(own) / len(own),
         "slowest_rank": own.index(max(own)),
         "peak_memory_gib": peak_memory(device) / 2**30,
-    }
+    } | ({} if mfu is None else {"mfu": mfu.share(facts, seconds)})  # fmt: skip
 
 
 def peak_memory(device: torch.device) -> int:
@@ -114,9 +117,10 @@ class Console:
         remaining = (self._total - step) * self._seconds / (step - self._first)
         lr = max(record["lr"].values())
         log.info(
-            "step %d/%d %3.0f%%  loss %.4f  lr %.2e  |g| %.3g  %.0f tok/s  %.1f samples/s  data %.0f%%  left %s",
+            "step %d/%d %3.0f%%  loss %.4f  lr %.2e  |g| %.3g  %.0f tok/s  %.1f samples/s%s  data %.0f%%  left %s",
             step, self._total, 100 * step / self._total, record["loss"], lr, record["grad_norm"],
             time["tokens_per_second"], time["samples_per_second"],
+            f"  MFU {time['mfu']:.1%}" if "mfu" in time else "",
             100 * time["data_wait_seconds"] / time["seconds"], _clock(remaining),
         )  # fmt: skip
 

@@ -15,7 +15,7 @@ from anchorformer.contracts import Batch
 from anchorformer.errors import UserError
 from tests.train.cases import ALIGN, run_config
 from train import precision
-from train.checkpoint import numbers_digest
+from train.identity import numbers_digest
 from train.config import CheckpointConfig, Device, LogConfig, Part, Precision
 from train.distributed import World, alone, choose_device
 from train.facts import StepFacts, gather_facts
@@ -44,11 +44,12 @@ def batch_of(tokens: int, targets: int, images: int, ids: tuple[str, ...], skipp
 
 def test_facts_are_of_all_ranks() -> None:
     world = TwoRanks(rank=0, size=2, device=torch.device("cpu"))
-    object.__setattr__(world, "other", ([(("c",), 30, 5, 1, 0), ((), 1, 0, 0, 2)], 0.5, "SIGTERM"))
+    object.__setattr__(world, "other", ([(("c",), 30, 5, 1, 0, 900), ((), 1, 0, 0, 2, 1)], 0.5, "SIGTERM"))
     facts = gather_facts(world, [batch_of(10, 4, 1, ("a",)), batch_of(9, 0, 0, ("b",), skipped=1)], 0.25)
     assert facts == StepFacts(
         sample_ids=("a", "b", "c"), tokens=50, supervised=9, images=2, skipped=3,
-        padding_share=round(1 - 50 / (2 * (30 + 9)), 6), own_seconds=(0.25, 0.5), signal="SIGTERM",
+        padding_share=round(1 - 50 / (2 * (30 + 9)), 6), squares=100 + 81 + 901,
+        own_seconds=(0.25, 0.5), signal="SIGTERM",
     )  # fmt: skip
 
 

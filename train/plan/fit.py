@@ -25,6 +25,8 @@ under ZeRO every micro-batch sends all gradients on their way."""
 LAYOUTS = ((2, False), (3, False), (2, True), (3, True))
 """ZeRO stage and checkpointing in the order of their speed. Published for 7B on eight A800: 5.33, 4.95 and at most 4.69
 and 4.45, so that gathering weights costs less than computing layers twice."""
+CHECKPOINT, SHORTEN, SHARD = "hardware.activation_checkpointing=on", "data.token_budget={}", "zero=zero3"
+"""What makes a run need less memory, in the order in which it costs least."""
 MOST_RANKS = 4096
 
 
@@ -82,7 +84,7 @@ def settle(config: RunConfig) -> RunConfig:
         limit / GB, choice.budget, "on" if choice.layout.checkpointing else "off",
     )  # fmt: skip
     settled = _with(config, checkpointing=choice.layout.checkpointing)
-    return replace(settled, data=replace(settled.data, token_budget=choice.budget))
+    return replace(settled, data=replace(settled.data, token_budget=config.data.token_budget or choice.budget))
 
 
 def choose(config: RunConfig, shapes: Shapes, limit: float | None) -> Choice:
@@ -97,7 +99,7 @@ def choose(config: RunConfig, shapes: Shapes, limit: float | None) -> Choice:
         options = options[:1]
     for checkpointing in options:
         layout = layout_of(config, checkpointing=checkpointing)
-        budget = config.data.token_budget or _planned_budget(config, shapes, layout, limit)
+        budget = min(config.data.token_budget or _planned_budget(config, shapes, layout, limit), most_positions(config))
         memory = memory_at(config, shapes, layout, budget)
         fits = limit is None or memory.total <= limit
         if fits:
@@ -122,22 +124,21 @@ def recommend(config: RunConfig, shapes: Shapes, limit: float) -> Choice | None:
 
 
 def remedies(config: RunConfig, shapes: Shapes, limit: float) -> list[str]:
-    """What would make a run fit that does not: the smallest set of changes, else the card or the ranks it takes."""
-    longest = config.data.max_length
-    changes = {"hardware.activation_checkpointing=on": {"checkpointing": True}}
-    if (config.data.token_budget or 0) > longest:
-        changes[f"data.token_budget={longest}"] = {}
-    if config.world_size > 1 and config.zero.stage < 3:
-        changes["zero=zero3"] = {"zero": 3}
-    current = config.hardware.activation_checkpointing is Checkpointing.on
+    """What would make a run fit that does not: the smallest sets of changes, else the card or the ranks it takes."""
+    asked, budget = config.hardware.activation_checkpointing is Checkpointing.on, config.data.token_budget
+    needed = config.data.max_length if budget is None else min(budget, most_positions(config))
+    changes = [CHECKPOINT] if not asked else []
+    changes += [SHORTEN] if needed > config.data.max_length else []
+    changes += [SHARD] if config.world_size > 1 and config.zero.stage < 3 else []
     for size in range(1, len(changes) + 1):
         fitting = []
-        for names in itertools.combinations(changes, size):
-            options = {"checkpointing": current, **{k: v for name in names for k, v in changes[name].items()}}
-            shortened = any(name.startswith("data.") for name in names)
-            budget = longest if shortened else config.data.token_budget or longest
-            if memory_at(config, shapes, layout_of(config, **options), budget).total <= limit:
-                fitting.append(" ".join(names))
+        for chosen in itertools.combinations(changes, size):
+            layout = layout_of(
+                config, checkpointing=asked or CHECKPOINT in chosen, zero=3 if SHARD in chosen else config.zero.stage
+            )
+            room = largest_budget(config, shapes, layout, limit)
+            if room >= (config.data.max_length if SHORTEN in chosen else needed):
+                fitting.append(" ".join(chosen).format(room // STEP * STEP))
         if fitting:
             return fitting
     return _larger(config, shapes, limit)
@@ -177,16 +178,22 @@ def memory_at(config: RunConfig, shapes: Shapes, layout: Layout, budget: int) ->
     return rank_memory(shapes, config.stage.trains, layout, batch)
 
 
+def most_positions(config: RunConfig) -> int:
+    """What no micro-batch exceeds: as many of the longest samples as it may have, and a rank's share of a step has."""
+    share = config.stage.global_batch // config.world_size
+    return min(config.hardware.micro_batch, share) * config.data.max_length
+
+
 def largest_budget(config: RunConfig, shapes: Shapes, layout: Layout, limit: float) -> int:
     """Most positions of a micro-batch within `limit` bytes; 0 where not even one is."""
-    positions = range(1, config.hardware.micro_batch * config.data.max_length + 1)
+    positions = range(1, most_positions(config) + 1)
     return _last(positions, lambda budget: memory_at(config, shapes, layout, budget).total <= limit)
 
 
 def _planned_budget(config: RunConfig, shapes: Shapes, layout: Layout, limit: float | None) -> int:
     longest = config.data.max_length
     if limit is None:
-        return config.hardware.micro_batch * longest
+        return most_positions(config)
     return max(longest, largest_budget(config, shapes, layout, limit) // STEP * STEP)
 
 

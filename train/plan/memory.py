@@ -1,4 +1,4 @@
-"""The bytes that one rank needs, by what they hold: counted from sizes, checked against measured tensors in the tests."""
+"""The bytes that one rank needs, by what they hold: counted from sizes; the tests compare with measured tensors."""
 
 from __future__ import annotations
 
@@ -168,15 +168,16 @@ def text_layer(text: TextShape, size: int, *, trained: bool, lean: bool) -> floa
 
 
 def norm_input(width: int, size: int) -> float:
-    """Bytes per position of what transformers' RMSNorm keeps of its input: an fp32 copy, or in fp32 the input itself."""
+    """Bytes per position that transformers' RMSNorm keeps of its input: an fp32 copy, or in fp32 the input itself."""
     return max(size, FP32) * width
 
 
 def vision_layer(vision: VisionShape, size: int) -> float:
     """Bytes per token of one trained block with fused attention: two norms, attention, two matrices.
 
-    Each norm keeps its input and its output, the attention queries, keys, values, output and logsumexp, the feed-forward
-    its first product and the activated one; quick_gelu keeps a sigmoid besides, DINOv2 what its two scales multiply.
+    Each norm keeps its input and its output, the attention queries, keys, values, output and logsumexp, the
+    feed-forward its first product and the activated one; quick_gelu keeps a sigmoid besides, DINOv2 what its two scales
+    multiply.
     """
     hidden = 3 if vision.activation == "quick_gelu" else 2
     width = 8 + 2 * vision.scales_layers
@@ -188,12 +189,12 @@ def connector(shape: ConnectorShape, vision: VisionShape, text_width: int, size:
 
     The visual tokens are kept normed, by each layer for itself (and once as they are) or, folded, once for all; then
     keys and values of each layer. Of the queries a layer keeps both residuals, both normed, the projected ones, the
-    attention's output, and the feed-forward before and after GELU.
+    attention's output, and the feed-forward before GELU; the projector its inner values before and after GELU.
     """
     media, queries, width = vision.tokens, shape.queries, vision.width
     normed = media * width * (1 if shape.folds or not shape.depth else shape.depth + 1)
     of_media = 2 * media * shape.inner
-    of_queries = queries * (4 * width + 2 * shape.inner + 2 * shape.ff_mult * width)
+    of_queries = queries * (4 * width + 2 * shape.inner + shape.ff_mult * width)
     exit_ = 2 * queries * (width * (shape.depth > 0) + text_width)
     statistics = shape.depth * FP32 * (2 * media + 4 * queries + shape.heads * queries)
     return size * (normed + shape.depth * (of_media + of_queries) + exit_) + statistics

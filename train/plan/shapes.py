@@ -177,10 +177,13 @@ def _backbone(name: str, published: Mapping[str, Mapping[str, Any]]) -> dict[str
     file, stated = _config_file(name), published.get(name)
     if file is None:
         if stated is None:
+            is_path = name.startswith(("/", ".", "~"))
             raise UserError(
-                f"the shape of {name} is not known here", found="no config.json in that folder or in the hub's cache",
-                expected="that file, or the shape under model.published", remedy=f"hf download {name} config.json",
-            )  # fmt: skip
+                f"the shape of {name} is not known here",
+                found=f"no config.json in {'that folder' if is_path else 'the cache of the hub'}",
+                expected="that file, or the shape under model.published",
+                remedy="check the path" if is_path else f"hf download {name} config.json",
+            )
         return dict(stated)
     found: dict[str, Any] = json.loads(file.read_text())
     facts = {**found, **found.get("vision_config", {})}

@@ -1,9 +1,9 @@
-"""Says before anything is loaded what a run needs: memory of a rank, arithmetic, hours and cost; ends with 2 if it does
-not fit.
+"""Says before anything is loaded what a run needs: memory, arithmetic, hours and cost; fails if it does not fit.
 
-`python -m train plan experiment=... hardware=... [stage=...] [key=value ...]`; without a stage both are planned. Neither
-data nor a start model has to be there. What cannot be known is said by flags: --mfu=0.4 (share of the peak), --price=
-(of a card for an hour), --samples= (of an epoch), --text= and --supervised= (positions of a mean sample), --images=.
+`python -m train plan experiment=... hardware=... [stage=...] [key=value ...]`; without a stage both are planned, and
+neither data nor a start model has to be there. What cannot be known is said by flags: --mfu=0.4 (share of the peak),
+--price= (of a card for an hour), --samples= (of an epoch), --text= and --supervised= (positions of a mean sample),
+--images= (of a mean sample).
 """
 
 from __future__ import annotations

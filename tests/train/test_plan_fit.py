@@ -1,0 +1,190 @@
+"""Budgets, recommendations and remedies of the plan, the command, and what the trainer makes of it."""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anchorformer.errors import UserError
+from train.compose import compose
+from train.config import Checkpointing, RunConfig
+from train.plan.cards import CARDS, card_of_device
+from train.plan.fit import (
+    choose,
+    largest_budget,
+    layout_of,
+    memory_at,
+    memory_limit,
+    most_positions,
+    recommend,
+    remedies,
+    settle,
+)
+from train.plan.shapes import read_shapes
+from train.verbs import plan
+
+GB = 1e9
+
+
+@functools.cache
+def paper(stage: str = "finetune", *more: str) -> RunConfig:
+    return compose([f"stage={stage}", "experiment=paper_7b", "data.root=/d", "init_from=/m", *more])
+
+
+def limit_of(config: RunConfig) -> float:
+    limit = memory_limit(config)
+    assert limit is not None
+    return limit
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    memory=st.floats(20, 200), stage=st.sampled_from(["align", "finetune"]), zero=st.integers(0, 3),
+    checkpointing=st.booleans(),
+)  # fmt: skip
+def test_the_largest_budget_is_the_largest(memory: float, stage: str, zero: int, checkpointing: bool) -> None:
+    config = paper(stage)
+    size, layout = read_shapes(config), layout_of(config, checkpointing=checkpointing, zero=zero)
+    budget = largest_budget(config, size, layout, memory * GB)
+    most = most_positions(config)
+    assert budget == 0 or memory_at(config, size, layout, budget).total <= memory * GB
+    assert budget == most or memory_at(config, size, layout, budget + 1).total > memory * GB
+
+
+def test_more_of_anything_takes_no_less_memory() -> None:
+    config = paper()
+    size, layout = read_shapes(config), layout_of(config, checkpointing=False)
+    base = memory_at(config, size, layout, 4096).total
+    assert memory_at(config, size, layout, 4097).total > base
+    assert memory_at(config, size, replace(layout, checkpointing=True), 4096).total < base
+    assert memory_at(config, size, replace(layout, lean=False), 4096).total > base
+    assert memory_at(config, size, replace(layout, value_bytes=4), 4096).total > base
+    stages = [memory_at(config, size, replace(layout, zero=zero), 4096).total for zero in (0, 1, 2, 3)]
+    assert stages == sorted(stages, reverse=True)
+
+
+def test_recommendations() -> None:
+    def best(*more: str) -> tuple[int, bool]:
+        config = paper("finetune", *more)
+        choice = recommend(config, read_shapes(config), limit_of(config))
+        assert choice is not None
+        assert choice.fits
+        assert choice.memory.total <= limit_of(config)
+        return choice.layout.zero, choice.layout.checkpointing
+
+    assert best() == (2, False), "7B on 80 GB"
+    assert best("hardware=a100_40gbx8") == (3, False), "7B on 40 GB"
+    assert best("llm=vicuna_13b") == (3, False), "13B on 80 GB"
+    assert best("llm=vicuna_13b", "hardware.card=a100-40gb") == (3, True)
+
+
+def test_presets_follow_the_recommendation() -> None:
+    assert paper().zero.stage == 2
+    assert paper().zero.overlap_comm
+    assert paper("finetune", "hardware=a100_40gbx8").zero.stage == 3
+    assert paper("finetune", "hardware=a100_40gbx8", "zero=zero2").zero.stage == 2, "the command line wins"
+    for preset in ("a100x8", "a100x8_2nodes", "a100_40gbx8", "one_gpu"):
+        assert compose(["stage=align", "data.root=/d", f"hardware={preset}"]).data.num_workers > 0
+
+
+def test_what_is_left_open_is_planned() -> None:
+    planned = settle(paper())
+    assert planned.hardware.activation_checkpointing is Checkpointing.off
+    budget = planned.data.token_budget
+    assert budget is not None
+    assert budget % 64 == 0
+    assert budget >= 2 * planned.data.max_length
+    assert settle(planned) == planned, "a run that is resumed plans the same"
+
+    tight = settle(paper("finetune", "hardware.memory_gb=34"))
+    assert tight.hardware.activation_checkpointing is Checkpointing.on
+    assert (tight.data.token_budget or 0) >= tight.data.max_length
+
+    given_ = settle(paper("finetune", "data.token_budget=3000"))
+    assert given_.data.token_budget == 3000
+    assert given_.hardware.activation_checkpointing is Checkpointing.off
+
+    nowhere = compose(["stage=align", "hardware=cpu", "data.root=/d"])
+    assert settle(nowhere) == replace(
+        nowhere, hardware=replace(nowhere.hardware, activation_checkpointing=Checkpointing.off)
+    )
+
+
+def test_a_budget_of_ones_own_is_obeyed() -> None:
+    config = paper("finetune", "data.token_budget=50000", "hardware.activation_checkpointing=off")
+    assert settle(config) == config
+    assert not choose(config, read_shapes(config), limit_of(config)).fits
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["hardware.activation_checkpointing=off", "hardware.memory_gb=38"], "activation_checkpointing=on"),
+        (["data.token_budget=20000", "hardware.activation_checkpointing=off"], r"=on; or data\.token_budget=\d+$"),
+        (["hardware.memory_gb=24"], "zero=zero3"),
+        (["hardware.memory_gb=12"], r"a card of at least \d+ GB.*; or \d+ ranks with zero=zero3"),
+    ],
+)
+def test_what_does_not_fit_says_what_would(more: list[str], expected: str, capsys: Any) -> None:
+    with pytest.raises(UserError, match="does not fit") as caught:
+        plan.main(["stage=finetune", "experiment=paper_7b", *more])
+    assert re.search(expected, caught.value.remedy), caught.value.remedy
+    assert "fits: no" in capsys.readouterr().out
+
+    config = paper("finetune", *more)
+    for remedy in remedies(config, read_shapes(config), limit_of(config)):
+        if " of at least " in remedy or " ranks with " in remedy:
+            continue
+        words = [word for word in more if word.split("=")[0] not in remedy]
+        again = paper("finetune", *words, *remedy.split())
+        assert choose(again, read_shapes(again), limit_of(again)).fits, remedy
+
+
+def test_a_run_that_cannot_fit_is_refused_before_it_starts() -> None:
+    with pytest.raises(UserError, match="max_length=2048 positions does not fit") as caught:
+        settle(paper("finetune", "hardware.memory_gb=24"))
+    assert "zero=zero3" in caught.value.remedy
+
+
+def test_the_command(capsys: Any) -> None:
+    plan.main(["experiment=paper_7b", "--price=2", "--samples=600000", "--mfu=0.5"])
+    out = capsys.readouterr().out
+    align, finetune = out.split("stage finetune")
+    for words in ("weights", "optimizer", "gradients", "activations", "logits", "peak", "recommended", "fits: yes"):
+        assert words in align
+        assert words in finetune
+    assert "(assumed, not measured)" in out
+    rate = float(re.findall(r"expected: ([\d.]+) samples/s", align)[0])
+    assert rate == pytest.approx(8 * 0.5 * 312 / 4.7036, rel=0.01)
+    hours, cost = re.findall(r"expected: ([\d.]+) hours.*hours, ([\d.]+) at 2 per card", align)[0]
+    assert float(hours) == pytest.approx(600_000 / rate / 3600, abs=0.01)
+    assert float(cost) == pytest.approx(float(hours) * 8 * 2, rel=0.02)
+
+
+def test_a_plan_without_a_card_is_still_a_plan(capsys: Any) -> None:
+    assert plan.main(["stage=align", "experiment=paper_7b", "hardware=one_gpu"]) == 0
+    out = capsys.readouterr().out
+    assert "fits: not known" in out
+    assert "expected speed: not known" in out
+    with pytest.raises(UserError, match=r"hardware\.card=z100 is not known"):
+        plan.main(["stage=align", "experiment=paper_7b", "hardware.card=z100"])
+
+
+NAMES = {
+    "NVIDIA A100-SXM4-80GB": "a100-80gb", "NVIDIA A100-SXM4-40GB": "a100-40gb", "NVIDIA A100 80GB PCIe": "a100-80gb",
+    "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H100 PCIe": "h100-pcie", "NVIDIA H100 NVL": "h100-nvl",
+    "NVIDIA H200": "h200", "NVIDIA L40S": "l40s", "NVIDIA A10": "a10", "NVIDIA GeForce RTX 4090": "rtx4090",
+    "NVIDIA A10G": None, "Tesla T4": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cards_are_known_by_the_name_of_their_device(name: str) -> None:
+    expected = NAMES[name]
+    assert card_of_device(name) == (CARDS[expected] if expected else None)
