@@ -38,9 +38,7 @@ class _Rotate(torch.autograd.Function):
         return _turn(query, cos_BSK, sin_BSK, 1), _turn(key, cos_BSK, sin_BSK, 1)
 
     @staticmethod
-    def backward(
-        ctx: Any, grad_query: Tensor, grad_key: Tensor
-    ) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_query: Tensor, grad_key: Tensor) -> tuple[Tensor, Tensor, None, None]:
         cos_BSK, sin_BSK = ctx.saved_tensors
         query_dtype, key_dtype = ctx.dtypes
         query = _turn(grad_query, cos_BSK, sin_BSK, -1).to(query_dtype)
