@@ -138,8 +138,8 @@ def synchronize(device: torch.device) -> None:
 
 
 def release(device: torch.device) -> None:
-    """Gives cached memory back, so that one row's leftovers are not the next one's obstacle."""
-    if device.type == "cuda":
+    """Gives cached memory back where it is much, so that one row's leftovers are not the next one's obstacle."""
+    if device.type == "cuda" and torch.cuda.memory_reserved() > GB:
         gc.collect()
         torch.cuda.empty_cache()
 
