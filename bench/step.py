@@ -32,6 +32,7 @@ from bench.gpu.shapes import (
 )
 from bench.published.connector import PublishedConnector
 from bench.runner import Row, Size, cpu_seconds, error
+from bench.vision import spread
 from data.collate import collate
 from train.loss import supervised_loss
 from train.stage import freeze
@@ -76,6 +77,8 @@ class _Pair:
         self.image_tokens = scale.num_anchors
         plain = build_language_model(scale)
         self.ours = build_model(scale, "anchor_former", _lean_twin(plain))
+        # Else the anchors are a matter of rounding, and the two paths see different images.
+        spread(self.ours.vision_tower)
         self.published = build_model(scale, "anchor_former", plain)
         with made_in(scale):
             whole = AutoModel.from_config(scale.vision_config, attn_implementation="eager", dtype=scale.dtype)
@@ -126,13 +129,14 @@ def _stage(pair: _Pair, stage: int, found: list[Length], size: Size) -> Iterator
     exact = ours.dtype is torch.float32
     limit, compared = (1e-4, None) if exact else (2.0**-8, 1)
     positions = [length.positions(pair.image_tokens) for length in samples]
+    what = "loss and gradients" if exact else "loss"
     for name, how in (("checkpointed", "with checkpointing"), ("kept", "without checkpointing")):
         difference = max(map(error, results["new"][:compared], results[name][:compared]))
         yield Row(
             name=f"stage-{stage} step, batch {BATCH}, {how} in the published one", unit="s", old=seconds[name],
             new=seconds["new"], equal=difference < limit, goal_ratio=None if size is Size.tiny else GOALS[stage],
             note=f"forward and backward, {sum(positions)} real positions, {BATCH * max(positions)} padded, "
-            f"{supervised} supervised; equal: {'loss and gradients' if exact else 'the loss'} to {limit:.0e} ({difference:.0e})",
+            f"{supervised} supervised; equal: {what} to {limit:.0e} ({difference:.0e})",
         )  # fmt: skip
 
 
