@@ -24,6 +24,7 @@ from bench.gpu.shapes import (
     build_model,
     made_in,
     make_examples,
+    plan_shapes,
     read_lengths,
     stage_config,
 )  # fmt: skip
@@ -34,7 +35,9 @@ from bench.published.connector import PublishedConnector
 from data.collate import collate
 from data.sampler import plan_step
 from train.loss import supervised_loss
+from train.plan.flops import Work, model_flops
 
+KIND = "anchor_former"
 RANKS = 8
 
 
@@ -152,7 +155,7 @@ class Ladder:
         self.stage_config = stage_config(stage)
         self.batch = 2 if session.tiny else self.stage_config.global_batch // RANKS
         self.language_model = build_language_model(scale)
-        self.model = build_model(scale, "anchor_former", self.language_model)
+        self.model = build_model(scale, KIND, self.language_model)
         self.samples = draw(stage, lengths, self.model.num_image_tokens, self.batch)
         self.examples = make_examples(self.model, self.samples.lengths)
         self.supervised = sum(length.supervised for length in self.samples.lengths)
@@ -180,10 +183,22 @@ class Ladder:
                 gains = {"gain": slowest[-2] / slowest[-1] if slowest[1:] else None, "total": slowest[0] / slowest[-1]}
                 return columns | gains
 
-            self.session.row(labels, 120 if switches.compiled else 40, row)
+            self.session.row(labels, self._seconds(switches), row)
             self.model.zero_grad(set_to_none=True)
         rank.close()
         torch.compiler.reset()
+
+    def _seconds(self, switches: Switches) -> float:
+        """About how long a rung takes: all ranks and one more to warm up, at three tenths of what the card can do."""
+        counts = [length.positions(self.model.num_image_tokens) for length in self.samples.lengths]
+        share = self.samples.packed_share if switches.packed else self.samples.padded_share
+        work = Work(
+            positions=sum(counts) / share, squares=sum(count**2 for count in counts) / share,
+            supervised=self.supervised, images=sum(length.images for length in self.samples.lengths),
+        )  # fmt: skip
+        flops = sum(model_flops(plan_shapes(self.session.scale, KIND), self.stage_config.trains, work).values())
+        rounds = self.repeats + (1 if switches.compiled else 2 / RANKS)
+        return (90 if switches.compiled else 3) + rounds * flops / (0.3 * self.session.matmul_flops)
 
     def _set(self, switches: Switches) -> None:
         """Puts the parts into the model that the switches say."""
