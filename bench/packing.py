@@ -1,9 +1,9 @@
-"""Useful share of a step's positions: padded batches grouped by length, against flat rows dealt by length."""
+"""Useful share of a step's compute: padded batches grouped by length, against flat rows dealt by length."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig
@@ -11,52 +11,88 @@ from transformers import CLIPVisionConfig, LlamaConfig
 from anchorformer.configuration import AnchorFormerConfig
 from anchorformer.contracts import Example
 from anchorformer.modeling import AnchorFormerForConditionalGeneration
+from bench.gpu.shapes import plan_shapes, published_scale
 from bench.lengths import Lengths, mixture, real
 from bench.published import batching as published
 from bench.runner import Row, Size, error
 from data.collate import collate
 from data.sampler import permutation, plan_step
+from train.config import Part
+from train.plan.flops import Work, model_flops
 
 WORLD, ANCHORS = 8, 145
 GOAL = 0.95
+TRAINS = (Part.connector, Part.language_model)
 
 
 def rows(size: Size) -> Iterator[Row]:
     steps = 7 if size is Size.tiny else 280
     difference = packed_against_separate()
     for name, lengths in (("real", real()), ("mixture", mixture(16384))):
+        costs = Costs(lengths)
         for batch in (4, 8, 16) if size is Size.full else (16,):
-            tokens = lengths.positions(ANCHORS)
-            old = published.useful_share(list(itertools.islice(_published_steps(lengths, batch), steps)), tokens)
+            old = useful_share(map(costs.padded, itertools.islice(_published_steps(lengths, batch), steps)))
+            new = useful_share(map(costs.packed, itertools.islice(_our_steps(costs.positions, batch), steps)))
             yield Row(
-                name=f"useful positions, {name} lengths, {WORLD} ranks x {batch}, T={ANCHORS}", unit="share",
-                old=old, new=useful_share(tokens, batch, steps), equal=difference < 1e-5,
-                goal=GOAL if batch == 16 else None,
-                note=f"old: LLaVA's group_by_modality_length, padded; {sum(tokens) / len(tokens):.0f} positions a "
+                name=f"useful compute of stage 2, {name} lengths, {WORLD} ranks x {batch}, T={ANCHORS}", unit="share",
+                old=old, new=new, equal=difference < 1e-5, goal=GOAL if batch == 16 else None,
+                note="FLOPs of CLIP-L/336 and a 7B language model over what all ranks could have done while the "
+                f"slowest did its own; old: LLaVA's group_by_modality_length, padded; {costs.mean:.0f} positions a "
                 f"sample on average; equal: samples in one row have the logits of samples alone ({difference:.0e})",
             )  # fmt: skip
 
 
-def useful_share(tokens: Sequence[int], batch: int, steps: int) -> float:
-    """Positions of all ranks over what they could have computed while the fullest one did its own."""
-    done = possible = 0
+class Costs:
+    """FLOPs of each rank of a step: what its samples are worth, and what it computes for them.
+
+    Supervised positions cost the head on both sides what they do in ours, so that only padding and waiting count.
+    """
+
+    def __init__(self, lengths: Lengths) -> None:
+        self.lengths, self.positions = lengths, lengths.positions(ANCHORS)
+        self.mean = sum(self.positions) / len(self.positions)
+        self._shapes = plan_shapes(published_scale(), "anchor_former")
+
+    def padded(self, step: Sequence[Sequence[int]]) -> list[tuple[float, float]]:
+        """Each rank pads its samples to its longest one."""
+        return [(self._flops(share), self._flops(share, max(self.positions[i] for i in share))) for share in step]
+
+    def packed(self, step: Sequence[Sequence[int]]) -> list[tuple[float, float]]:
+        """Nothing is padded."""
+        return [(self._flops(share), self._flops(share)) for share in step]
+
+    def _flops(self, share: Sequence[int], padded_to: int | None = None) -> float:
+        positions = [padded_to or self.positions[index] for index in share]
+        work = Work(
+            positions=sum(positions), squares=sum(count**2 for count in positions),
+            supervised=sum(self.lengths.supervised[index] for index in share),
+            images=sum(self.lengths.images[index] for index in share),
+        )  # fmt: skip
+        return sum(model_flops(self._shapes, TRAINS, work).values())
+
+
+def useful_share(steps: Iterable[list[tuple[float, float]]]) -> float:
+    """Useful FLOPs of all ranks over what they could have computed while the slowest one did its own.
+
+    Args:
+        steps: per rank its useful and its computed FLOPs.
+    """
+    useful = possible = 0.0
+    for step in steps:
+        useful += sum(real for real, _ in step)
+        possible += len(step) * max(computed for _, computed in step)
+    return useful / possible
+
+
+def _our_steps(positions: Sequence[int], batch: int) -> Iterator[list[list[int]]]:
+    """Global batches of one shuffled pass after the other, as the training sampler draws them, dealt to the ranks."""
     size = WORLD * batch
-    for step in itertools.islice(_steps(len(tokens), size), steps):
-        lengths = [tokens[index] for index in step]
-        loads = [
-            sum(lengths[place] for places in share for place in places)
-            for share in plan_step(lengths, WORLD, micro_batch=batch)
-        ]
-        done += sum(loads)
-        possible += WORLD * max(loads)
-    return done / possible
-
-
-def _steps(samples: int, size: int) -> Iterator[list[int]]:
-    """Global batches of one shuffled pass after the other, as the training sampler draws them."""
     for epoch in itertools.count():
-        order = permutation(samples, "bench", epoch).tolist()
-        yield from (order[start : start + size] for start in range(0, samples - size + 1, size))
+        order = permutation(len(positions), "bench", epoch).tolist()
+        for start in range(0, len(order) - size + 1, size):
+            step = order[start : start + size]
+            plan = plan_step([positions[index] for index in step], WORLD, micro_batch=batch)
+            yield [[step[place] for micro in share for place in micro] for share in plan]
 
 
 def _published_steps(lengths: Lengths, batch: int) -> Iterator[published.Step]:

@@ -6,6 +6,7 @@ is left out of both: it costs the same and would only dilute the ratio.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -111,11 +112,13 @@ def _stage(pair: _Pair, stage: int, found: list[Length], size: Size) -> Iterator
         return _step(pair, ours, lambda: supervised_loss(ours, batch, supervised))
 
     def old(checkpointing: bool) -> list[Tensor]:
-        language_model = published.language_model
-        if checkpointing:
-            language_model.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            language_model.gradient_checkpointing_disable()
+        with warnings.catch_warnings():
+            # transformers 5.23 has other names for these, which 5.17 does not know.
+            warnings.filterwarnings("ignore", category=FutureWarning, message=".*gradient_checkpointing")
+            if checkpointing:
+                published.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+            else:
+                published.language_model.gradient_checkpointing_disable()
         return _step(pair, published, lambda: padded_loss(published, padded, supervised, all_logits=True))
 
     results: dict[str, list[Tensor]] = {}
