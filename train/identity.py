@@ -62,15 +62,20 @@ class Identity:
 MUST_STAY = ("config", "start", "data", "order", "trained")
 
 
-def numbers_digest(config: RunConfig) -> str:
-    """Hash of the configuration without what may change between a run and its resumption."""
-    plain = to_plain(config)
+def numbers(config: RunConfig) -> dict[str, Any]:
+    """The configuration without what may change between a run and its resumption."""
+    plain: dict[str, Any] = to_plain(config)
     for group, keys in MAY_CHANGE.items():
         if not keys:
             del plain[group]
         for key in keys:
             del plain[group][key]
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    return plain
+
+
+def numbers_digest(config: RunConfig) -> str:
+    """Hash of `numbers`."""
+    return hashlib.sha256(json.dumps(numbers(config), sort_keys=True).encode()).hexdigest()
 
 
 def code_digest() -> str:

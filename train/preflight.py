@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from anchorformer.errors import UserError
 from train import checkpoint
 from train.checkpoint import TrainerState
-from train.checkpoint.save import bytes_of, lack_of_room
+from train.checkpoint.room import bytes_of, lack_of_room
 from train.fingerprint import fingerprint
 from train.identity import Identity, check_ranks_agree, check_same_run
 from train.optim import full_shape

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import importlib.metadata
 import json
-import platform
 import secrets
 import shutil
-import socket
-import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +17,13 @@ import yaml
 from anchorformer.errors import UserError
 from anchorformer.schema import parse_plugin, plugin_to_plain, to_plain
 from data.mixture import Mixture, open_sources
-from train.compose import ROOT
+from train import environment
 from train.config import RunConfig
-from train.folder import RunFolder, write_atomically
+from train.folder import RunFolder
+from train.identity import differences, numbers
+from train.lock import acquired
+from train.plan.fit import settle
 from train.start import check_devices
-
-PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "hydra-core", "tokenizers", "safetensors", "numpy")
 
 
 def prepare(config: RunConfig, command: Sequence[str], *, starts_here: bool = True) -> RunFolder:
@@ -38,32 +34,37 @@ def prepare(config: RunConfig, command: Sequence[str], *, starts_here: bool = Tr
         starts_here: whether this machine is the one whose devices the ranks will need.
 
     Returns:
-        the run folder, ready for `train.start`.
+        the run folder, ready for `train.start`, and held by this process (`train.lock`).
 
     Raises:
         UserError: a file or folder missing or not in its format, parts of the model that do not fit each other, a start
             folder that is damaged or of another shape, a run folder that exists already, or a stored config that
-            differs from this one where the run is resumed; fewer CUDA devices than ranks.
+            differs from this one where the run is resumed; fewer CUDA devices than ranks; a card too small.
     """
     folder = run_folder(config)
     check_files(config)
     if starts_here:
         check_devices(config)
-    config = check_parts(config)
-    if folder.config.is_file():
-        _compare(config, folder.read_config(), folder.config)
-        _compare_start(folder)
-        # What the last attempt ended with says nothing about this one.
-        for marker in (folder.halted, folder.interrupted):
-            marker.unlink(missing_ok=True)
-    else:
+    config = settle(check_parts(config))
+    is_new = not folder.config.is_file()
+    if is_new:
         start = make_start_folder(config)
         check_samples(config, start)
         _create(folder.path, config.resume != "never")
-        write_atomically(folder.path / "start.txt", f"{start}\n{_manifest_hash(start)}\n")
-        write_atomically(folder.path / "environment.json", json.dumps(environment_facts(command), indent=2) + "\n")
-    # Last: a folder with a config is one that ranks can be started on.
-    write_atomically(folder.config, yaml.safe_dump(to_plain(config), sort_keys=False))
+    with acquired(folder.path):
+        if is_new:
+            texts = {"start.txt": f"{start}\n{_manifest_hash(start)}\n"}
+        else:
+            texts = {}
+            folder.check_seal()
+            _compare(config, folder.read_config(), folder.config)
+            _compare_start(folder)
+            _fit_checkpoint(config, folder)
+            folder.forget_last_end()
+        texts["environment.json"] = json.dumps(_environment(folder, command), indent=2) + "\n"
+        # Last the config: a folder that has one is one that ranks can be started on.
+        texts["config.yaml"] = yaml.safe_dump(to_plain(config), sort_keys=False)
+        folder.write_sealed(texts)
     return folder
 
 
@@ -217,30 +218,25 @@ def _runs_near(path: Path, output_root: Path) -> list[Path]:
     return list(dict.fromkeys(near))[:3]
 
 
-def environment_facts(command: Sequence[str]) -> dict[str, Any]:
-    """What a later reader needs to know about where a run came from."""
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)}
-    return {
-        "command": list(command), "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "host": socket.gethostname(), "python": platform.python_version(), "versions": versions,
-        "commit": _git("rev-parse", "HEAD"), "uncommitted_changes": bool(_git("status", "--porcelain")),
-    }  # fmt: skip
+def _environment(folder: RunFolder, command: Sequence[str]) -> dict[str, Any]:
+    """The facts of this attempt, and of those before it."""
+    path = folder.path / "environment.json"
+    earlier = json.loads(path.read_text()) if path.is_file() else None
+    before = [] if earlier is None else [*earlier.pop("before"), earlier]
+    return {**environment.facts(command), "before": before}
 
 
-def differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
-    """Dotted paths at which two plain values differ."""
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        for key in sorted({*one, *other}):
-            yield from differences(one.get(key), other.get(key), f"{path}.{key}" if path else str(key))
-    elif one != other:
-        yield f"{path} (was {other}, now {one})"
+def _fit_checkpoint(config: RunConfig, folder: RunFolder) -> None:
+    """Converts the checkpoint that will be resumed from, where it was written by another number of ranks."""
+    from train.checkpoint import fit  # imports torch
+
+    if config.resume != "never":
+        fit(folder.state, config)
 
 
 def _compare(config: RunConfig, before: RunConfig, path: Path) -> None:
-    from train.checkpoint import numbers_digest
-
-    if numbers_digest(config) != numbers_digest(before):
-        found = differences(to_plain(replace(config, resume=before.resume)), to_plain(before))
+    found = [f"{key} (was {was}, now {now})" for key, was, now in differences(numbers(before), numbers(config))]
+    if found:
         raise UserError(
             f"the run {config.run} was started with another config", found="; ".join(found), expected=f"as in {path}",
             remedy="resume with the same values, or start another run",
@@ -264,8 +260,8 @@ def _manifest_hash(folder: Path) -> str:
 
 
 def _create(folder: Path, resumed: bool) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
         # A run to be resumed may have been stopped before it wrote its config.
         folder.mkdir(exist_ok=resumed)
     except FileExistsError:
@@ -273,25 +269,14 @@ def _create(folder: Path, resumed: bool) -> None:
             f"the run folder {folder} has appeared meanwhile", found="another launch of the same run",
             expected="one launch per run", remedy="choose another run=...",
         ) from None  # fmt: skip
+    except OSError as error:
+        raise UserError(
+            f"the run folder {folder} cannot be made", found=str(error), expected="a place that can be written to",
+            remedy="set output_root=... to one",
+        ) from None  # fmt: skip
 
 
 def _fingerprint(folder: Path) -> list[tuple[str, int, int]]:
     # A hub id has none: hub folders are immutable per revision, local ones may be written again in place.
     files = sorted(path for path in folder.glob("*") if path.is_file()) if folder.is_dir() else []
     return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-
-
-def _installed(name: str) -> bool:
-    try:
-        importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)  # noqa: S607
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()

@@ -53,7 +53,8 @@ def test_a_run_folder_is_made_once_and_holds_what_ranks_need(world: list[str], s
     launch([*world, "run=first/align"])
     [(path, argv, _)] = started
     folder = RunFolder(path)
-    assert {item.name for item in path.iterdir()} == {"config.yaml", "environment.json", "start.txt"}
+    held = {"LOCK", "SEAL.json", "config.yaml", "environment.json", "start.txt"}
+    assert {item.name for item in path.iterdir()} == held
     config = folder.read_config()
     assert config.run == "first/align"
     assert config.model.connector["ff_mult"] == 4

@@ -10,6 +10,7 @@ from anchorformer.errors import UserError
 from anchorformer.weights import sha256
 from train.checkpoint import seal
 from train.checkpoint.retention import TEMPORARY, UNIVERSAL
+from train.checkpoint.room import lack_of_room
 from train.distributed import alone
 from train.engine.saved import Saved
 from train.engine.universal import convert
@@ -56,6 +57,11 @@ def ensure(position: Path, ranks: int, zero_stage: int) -> Path | None:
     final = position.with_name(f"{UNIVERSAL}{position.name}")
     if final.is_dir() and seal.damage(final, alone()) is None:
         return converted(position)
+    # What is cut out of the files, and what is put together from it.
+    problem = lack_of_room(position.parent, 2 * sum(described["bytes"] for described in seal.read(position).values()),
+                           f"the conversion of {position.name}")  # fmt: skip
+    if problem is not None:
+        raise problem
     log.info("converting %s from %d to %d rank(s)", position, saved.ranks, ranks)
     partial = position.with_name(f"{TEMPORARY}{position.name}-universal")
     for rest in (final, partial):

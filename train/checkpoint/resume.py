@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from anchorformer.errors import UserError
-from train.checkpoint import reshape, seal, state
+from train.checkpoint import reshape, retention, seal, state
 from train.checkpoint.state import TrainerState, layout
 from train.config import RunConfig
-from train.distributed import World
+from train.distributed import World, alone
 from train.engine import Engine
 from train.engine.saved import Saved
 from train.fingerprint import fingerprint, join
@@ -61,6 +61,21 @@ def find(root: Path, resume: str, world: World) -> Path | None:
             remedy="restore one of them, or delete them all to start again from the first step",
         )  # fmt: skip
     return None
+
+
+def fit(root: Path, config: RunConfig) -> None:
+    """Converts, before the ranks start, the checkpoint that they will resume from, where they could not read it.
+
+    Raises:
+        UserError: what `find` and `reshape.ensure` raise.
+    """
+    ranks, zero_stage = config.world_size, config.zero.stage
+    candidates = retention.complete(root) if config.resume == "auto" else [Path(config.resume)]
+    # Reading everything there is takes its time, and only a conversion needs it.
+    if candidates and not Saved.read(candidates[-1]).fits(ranks, zero_stage):
+        position = find(root, config.resume, alone())
+        if position is not None:
+            reshape.ensure(position, ranks, zero_stage)
 
 
 def damage(folder: Path, world: World) -> str | None:

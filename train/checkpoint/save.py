@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import shutil
 from pathlib import Path
 
 from anchorformer.errors import UserError
 from train.checkpoint import retention, seal, state
 from train.checkpoint.resume import PRINTS, prove
+from train.checkpoint.room import bytes_of, lack_of_room
 from train.checkpoint.state import TrainerState
 from train.distributed import World
 from train.engine import Engine
-from train.engine.saved import Form
 from train.fingerprint import Print, fingerprint, join
 from train.folder import RunFolder, sync_folder, write_atomically
-from train.optim import full_shape
 from train.writing import together
 
 log = logging.getLogger(__name__)
 
 REHEARSAL = ".tmp-step-rehearsal"
-SPARE = 1.05
-"""Room beyond the tensors themselves: file headers, positions, lists."""
 
 
 def save(
@@ -90,28 +86,6 @@ def rehearse(folder: RunFolder, engine: Engine, world: World, trainer: TrainerSt
     return size
 
 
-def bytes_of(root: Path, engine: Engine) -> int:
-    """Room that one checkpoint takes: as much as the newest one, or what is reckoned where there is none."""
-    complete = retention.complete(root)
-    if complete:
-        return sum(described["bytes"] for described in seal.read(complete[-1]).values())
-    trained = [value for value in engine.model.parameters() if value.requires_grad]
-    # fp32 weight and two moments; rank by rank, DeepSpeed adds the model's own copy.
-    own = [12 + (value.element_size() if engine.form is Form.shards else 0) for value in trained]
-    return round(SPARE * sum(math.prod(full_shape(value)) * size for value, size in zip(trained, own, strict=True)))
-
-
-def lack_of_room(root: Path, needed: int, what: str) -> UserError | None:
-    """The mistake that there is too little room below `root`, if there is."""
-    free = shutil.disk_usage(root).free
-    if free >= needed:
-        return None
-    return UserError(
-        f"there is no room for {what} in {root}", found=f"{_size(free)} free", expected=f"{_size(needed)} needed",
-        remedy="free disk space, lower checkpoint.keep, or set another output_root; then start again with resume=auto",
-    )  # fmt: skip
-
-
 def _write(
     partial: Path, folder: RunFolder, engine: Engine, world: World, trainer: TrainerState, frozen: dict[str, Print]
 ) -> None:
@@ -141,7 +115,3 @@ def _describe(metrics: Path) -> dict[str, object]:
         return {"bytes": 0, "sha256": None}
     described = seal.entry(metrics, 0)
     return {"bytes": described["bytes"], "sha256": described["sha256"]}
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

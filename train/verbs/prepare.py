@@ -6,6 +6,7 @@ import os
 import sys
 
 from train.compose import compose
+from train.lock import release
 from train.prepare import is_done, prepare, run_folder
 from train.start import Topology, check_nodes
 
@@ -22,6 +23,7 @@ def main(arguments: list[str]) -> int:
         print(f"done {run_folder(composed).path}")
         return 0
     folder = prepare(composed, sys.argv, starts_here=False)
+    release(folder.path)
     words = f"{folder.path} {folder.read_config().digest}"
     if composed.hardware.nodes == 1:
         print(f"on the node: python -m train start {words}")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from anchorformer.errors import UserError
 from train.folder import RunFolder
+from train.lock import acquire
 from train.start import Topology, check_devices, check_nodes, start
 
 
@@ -32,4 +33,8 @@ def main(arguments: list[str]) -> int:
     topology = Topology.from_environment(os.environ)
     check_nodes(config, topology)
     check_devices(config)
+    if topology.node == 0:
+        # The head speaks for all nodes: no rank of the others gets anywhere before it has started.
+        acquire(folder)
+        RunFolder(folder).forget_last_end()
     return start(folder, config, topology)

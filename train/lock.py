@@ -1,0 +1,144 @@
+"""One launch per run folder: a file that says who holds it, and that can tell whether they are still alive."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from anchorformer.errors import UserError
+
+log = logging.getLogger(__name__)
+
+FILE = "LOCK"
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who started ranks on a run folder.
+
+    Attributes:
+        ticks: when the process began, by its machine's clock; a process number is given again, this pair is not.
+        job: of Slurm, which never lets two attempts at one job run at once.
+        since: for the reader.
+    """
+
+    host: str
+    pid: int
+    ticks: str
+    job: str | None
+    since: str
+
+    @classmethod
+    def myself(cls) -> Holder:
+        return cls(
+            socket.gethostname(), os.getpid(), _ticks(os.getpid()), os.environ.get("SLURM_JOB_ID"),
+            datetime.now(UTC).isoformat(timespec="seconds"),
+        )  # fmt: skip
+
+    def is_gone(self, me: Holder) -> bool:
+        """Whether it is certain that this holder has ended; of another machine it is not."""
+        if self.job is not None and self.job == me.job and (self.host, self.pid) != (me.host, me.pid):
+            return True
+        return self.host == me.host and _ticks(self.pid) != self.ticks
+
+    def is_same(self, other: Holder) -> bool:
+        return (self.host, self.pid, self.ticks) == (other.host, other.pid, other.ticks)
+
+
+@contextmanager
+def acquired(folder: Path) -> Iterator[None]:
+    """Takes the lock of an existing run folder, and gives it back only if the block fails.
+
+    Otherwise it goes with the process, also into the program that the process becomes by exec.
+
+    Raises:
+        UserError: another launch holds it, or one on another machine that may still be alive.
+    """
+    acquire(folder)
+    try:
+        yield
+    except BaseException:
+        release(folder)
+        raise
+
+
+def acquire(folder: Path) -> None:
+    """Takes the lock, or keeps it where this process has it already.
+
+    Raises:
+        UserError: see `acquired`.
+    """
+    path, me = folder / FILE, Holder.myself()
+    while True:
+        try:
+            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            holder = _read(path)
+            if holder is not None and holder.is_same(me):
+                return
+            if holder is None or not holder.is_gone(me):
+                raise _taken(path, holder) from None
+            _clear_away(path, holder)
+            continue
+        with os.fdopen(handle, "w") as file:
+            json.dump(asdict(me), file)
+            file.flush()
+            os.fsync(file.fileno())
+        return
+
+
+def release(folder: Path) -> None:
+    """Gives the lock back; does nothing where this process does not hold it."""
+    path = folder / FILE
+    holder = _read(path) if path.is_file() else None
+    if holder is not None and holder.is_same(Holder.myself()):
+        path.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> Holder | None:
+    try:
+        return Holder(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None  # being written, or cut short
+
+
+def _clear_away(path: Path, gone: Holder) -> None:
+    """Removes the lock of a holder that is gone, and no other that has taken its place meanwhile."""
+    aside = path.with_name(f".{FILE}-{os.getpid()}")
+    path.rename(aside)
+    found = _read(aside)
+    if found != gone:
+        aside.rename(path)
+        raise _taken(path, found)
+    aside.unlink()
+    log.warning("process %d on %s, which held %s since %s, is gone", gone.pid, gone.host, path.parent, gone.since)
+
+
+def _taken(path: Path, holder: Holder | None) -> UserError:
+    found = "an unreadable lock" if holder is None else f"process {holder.pid} on {holder.host}, since {holder.since}"
+    return UserError(
+        f"another launch holds the run folder {path.parent}", found=found, expected="one launch per run",
+        remedy=f"wait for it or stop it; if that process is certainly gone, delete {path}",
+    )  # fmt: skip
+
+
+def _ticks(pid: int) -> str:
+    """When a process of this machine began; empty where there is no such process."""
+    stat = Path(f"/proc/{pid}/stat")
+    if Path("/proc/self/stat").is_file():
+        # The name in brackets may hold blanks; the begin is the 20th field behind it.
+        return stat.read_text().rpartition(")")[2].split()[19] if stat.is_file() else ""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return ""
+    except PermissionError:
+        pass
+    return "alive"
