@@ -218,7 +218,7 @@ def _vision(config: Mapping[str, Any], layer: int) -> VisionShape:
     if config.get("use_swiglu_ffn"):
         raise UserError(
             "the plan knows no gated feed-forward in a vision tower", found="use_swiglu_ffn", expected="a plain one",
-            remedy="choose another vision tower, or set data.token_budget yourself",
+            remedy="choose another vision tower, or run unplanned: hardware.card=null",
         )  # fmt: skip
     layers = layer if layer >= 0 else get("num_hidden_layers") + 1 + layer
     has_cls = family != "siglip_vision_model"
@@ -261,7 +261,7 @@ def _family(
     if family not in defaults:
         raise UserError(
             f"the plan does not know this {what}", found=f"model_type={family}", expected=f"one of {sorted(defaults)}",
-            remedy="add its family to train/plan/shapes.py, or set data.token_budget yourself",
+            remedy="add its family to train/plan/shapes.py, or run unplanned: hardware.card=null",
         )  # fmt: skip
     # A value of null in config.json means the default as well.
     return family, lambda name: defaults[family][name] if config.get(name) is None else config[name]
@@ -290,7 +290,7 @@ def _row(spec: Mapping[str, Any], what: str, rows: Mapping[str, Any]) -> Any:
     if target not in rows:
         raise UserError(
             f"the plan does not know what this {what} costs", found=target, expected=f"one of {sorted(rows)}",
-            remedy="add its row to train/plan/shapes.py, or set data.token_budget yourself",
+            remedy="add its row to train/plan/shapes.py, or run unplanned: hardware.card=null",
         )  # fmt: skip
     return rows[target]
 
