@@ -14,7 +14,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PYTHONPATH := $(CURDIR)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install train train-full test test-slow test-gpu test-compat lint format clean
+.PHONY: help install train train-full test faults test-slow test-gpu test-compat lint format clean
 
 help: ## list all targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -50,6 +50,9 @@ train-full: install ## the same with the longer recipe
 
 test: install ## the CPU suite (at most 10 minutes)
 	@$(PY) -m pytest
+
+faults: install ## ranks that are killed, stopped, cut off or wrong (at most 10 minutes)
+	@$(PY) -m pytest -m faults
 
 test-slow: install ## the complete products and everything longer (at most 25 minutes)
 	@$(PY) -m pytest -m "slow and not gpu"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -128,6 +129,7 @@ class Loader:
                 sampler=self._plans(self._state, remaining, planned),
                 num_workers=self.config.num_workers,
                 pin_memory=self._pin_memory,
+                worker_init_fn=_take_signals_like_the_parent,
                 # A generator of its own: torch would draw the workers' base seed from the global one.
                 generator=torch.Generator().manual_seed(self._state.seed),
             )
@@ -217,6 +219,11 @@ class _Assembly(Dataset[Batch | UserError]):
                 remedy="the text rules have changed since; remove the *.lengths.npy files in that folder",
             )
         return example
+
+
+def _take_signals_like_the_parent(_: int) -> None:
+    """torch has SIGTERM end the loader's processes; a rank that goes on to its next step's border still needs them."""
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
 
 
 def _of_sample(sample_id: str, error: UserError) -> UserError:

@@ -25,12 +25,29 @@ for argument in "$@"; do
 done
 set -- "${arguments[@]}"
 
-# Prints the command, and runs it unless this is a dry run.
+# Prints the command, and runs it unless this is a dry run. A signal to this script is a signal to the command: bash by
+# itself would end and leave it behind. (Ctrl-C is handed on as TERM, because what runs in the background ignores it.)
 run() {
     printf '+ '
     printf '%q ' "$@"
     printf '\n'
-    [[ -n $DRY_RUN ]] || "$@"
+    [[ -z $DRY_RUN ]] || return 0
+    local code=0
+    "$@" &
+    child=$!
+    for signal in TERM HUP USR1; do
+        # shellcheck disable=SC2064
+        trap "kill -$signal \$child" "$signal"
+    done
+    trap 'kill -TERM $child' INT
+    wait "$child" || code=$?
+    # A trap ends the wait, not the command, which saves and ends by itself.
+    while kill -0 "$child" 2>/dev/null; do
+        code=0
+        wait "$child" || code=$?
+    done
+    trap - TERM HUP USR1 INT
+    return "$code"
 }
 
 # `python -m train run` with the given overrides; a dry run prints the composed config and the ranks' command instead.

@@ -108,7 +108,8 @@ def first_to_fail(folder: RunFolder, exit_codes: Mapping[int, int]) -> tuple[int
         rank, number = killed[0], signal.Signals(-exit_codes[killed[0]])
         hint = " (the kernel does so when memory runs out)" if number is signal.SIGKILL else ""
         reports = [str(report) for report in read_reports(folder.black_boxes) if report.rank == rank]
-        return rank, f"{reports[0] if reports else f'rank {rank}'}: killed by {number.name}{hint}"
+        last_seen = f", last seen as {reports[0]}" if reports else ""
+        return rank, f"rank {rank} was killed by {number.name}{hint}{last_seen}"
     if boxes:
         box = (causes or boxes)[0]
         report = Report.parse({name: box[name] for name in Report.__dataclass_fields__})

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from traceback import walk_stack
 from typing import Any
 
 from anchorformer.schema import to_plain
@@ -86,6 +89,8 @@ class Report:
 
     Attributes:
         seconds: how long the phase had lasted when this was written.
+        doing: the function that the main thread is in.
+        is_waiting: whether that is a collective, so that the rank waits for others.
         written: by the wall clock of the rank's host.
     """
 
@@ -96,13 +101,16 @@ class Report:
     step: int
     samples: tuple[str, ...]
     seconds: float
+    doing: str
+    is_waiting: bool
     written: float
 
     @classmethod
     def of(cls, rank: int, place: Place) -> Report:
+        doing, is_waiting = _main_thread()
         return cls(
             rank, socket.gethostname(), os.getpid(), place.phase, place.step, place.samples,
-            round(place.seconds, 1), time.time(),
+            round(place.seconds, 1), doing, is_waiting, time.time(),
         )  # fmt: skip
 
     @classmethod
@@ -118,7 +126,22 @@ class Report:
     def __str__(self) -> str:
         step = f", step {self.step}" if self.step else ""
         samples = f", samples {', '.join(self.samples)}" if self.samples else ""
-        return f"rank {self.rank} ({self.host}, pid {self.pid}): {self.phase.value}{step}, {self.seconds:g} s{samples}"
+        where = f"{self.phase.value}{step}, {self.seconds:g} s, in {self.doing}{samples}"
+        return f"rank {self.rank} ({self.host}, pid {self.pid}): {where}"
+
+
+COLLECTIVES = f"{os.sep}torch{os.sep}distributed{os.sep}"
+
+
+def _main_thread() -> tuple[str, bool]:
+    """The main thread's innermost function, and whether it waits in a collective."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    if frame is None:
+        return "no thread", False
+    path = Path(frame.f_code.co_filename)
+    doing = f"{frame.f_code.co_name} ({path.parent.name}/{path.name}:{frame.f_lineno})"
+    files = [inner.f_code.co_filename for inner, _ in walk_stack(frame)]
+    return doing, any(COLLECTIVES in file for file in files)
 
 
 def report_path(black_boxes: Path, rank: int) -> Path:
@@ -147,6 +170,6 @@ def who_is_behind(reports: Sequence[Report], size: int, silent_after: float) -> 
     if silent:
         ago = "; ".join(f"{report}, silent for {newest - report.written:.0f} s" for report in silent)
         return f"stopped or dead: {ago}"
-    places = [(report.step, ORDER[report.phase]) for report in reports]
+    places = [(report.step, ORDER[report.phase], report.is_waiting) for report in reports]
     behind = [report for report, place in zip(reports, places, strict=True) if place == min(places) != max(places)]
-    return f"behind: {'; '.join(map(str, behind))}" if behind else "no rank is behind: all are in the same phase"
+    return f"behind: {'; '.join(map(str, behind))}" if behind else "no rank is behind: all do the same"

@@ -19,7 +19,7 @@ from train.progress import IN_STEPS, Place, Progress, Report, read_reports, repo
 log = logging.getLogger(__name__)
 
 EXIT_CODE = 4
-LONGEST_PERIOD = 5.0
+LONGEST_PERIOD = 2.0
 """Seconds between two looks, and so the age of what the other ranks can read about this one."""
 
 

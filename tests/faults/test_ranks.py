@@ -1,0 +1,236 @@
+"""Two ranks under the real agent, one of them killed, stopped, asleep, slow or wrong: who is named, what goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.faults.conftest import Launch
+from tests.train.cases import FINETUNE
+from train.checkpoint import damage
+from train.compose import ROOT
+from train.distributed import alone
+from train.folder import RunFolder
+
+pytestmark = pytest.mark.faults
+
+MakeRun = Callable[..., RunFolder]
+PAIR: dict[str, Any] = {
+    "engine": "deepspeed", "zero__stage": 2, "hardware__ranks": 2, "hardware__micro_batch": 1, "stage__max_steps": 12,
+    "checkpoint__every": 4,
+}  # fmt: skip
+
+
+def is_busy() -> bool:
+    """Whether this machine does so much else that seconds prove nothing."""
+    return os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1)
+
+
+def record(folder: RunFolder) -> list[dict[str, Any]]:
+    """The run's metrics without what depends on the clock."""
+    return [{**json.loads(line), "time": None} for line in folder.metrics.read_text().splitlines()]
+
+
+def box(folder: RunFolder, rank: int) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder.black_boxes / f"rank_{rank}.json").read_text())
+    return content
+
+
+def steps_saved(folder: RunFolder) -> list[int]:
+    """Steps of the checkpoints that are there, each of them complete."""
+    found = sorted(folder.state.glob("step-*"))
+    assert [damage(path, alone()) for path in found] == [None] * len(found)
+    return [int(path.name.removeprefix("step-")) for path in found]
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_killed_and_started_again(make_run: MakeRun, launch: Launch, zero: int) -> None:
+    changes = {**PAIR, "zero__stage": zero}
+    whole = make_run("whole", FINETUNE, **changes)
+    launch(whole).ends_with(0)
+    run = make_run("killed", FINETUNE, **changes, hardware__max_restarts=1)
+    output = launch(run, "killed", rank=1, step=7).ends_with(0)
+    assert "first to fail: rank 1 was killed by SIGKILL" in output
+    assert "all ranks are started again; 0 restart(s) left" in output
+    assert "step-00000004 after step 4" in output
+    assert run.done.exists()
+    assert record(run) == record(whole)
+    files = sorted(path.name for path in whole.model.glob("*.safetensors"))
+    assert [(run.model / name).read_bytes() for name in files] == [(whole.model / name).read_bytes() for name in files]
+
+
+def test_killed_without_restarts(make_run: MakeRun, launch: Launch) -> None:
+    run = make_run("killed", FINETUNE, **PAIR)
+    started = launch(run, "killed", rank=1, step=7)
+    started.wait_for_step(6)
+    began = time.monotonic()
+    output = started.ends_with(128 + signal.SIGKILL)
+    assert time.monotonic() - began < (60 if is_busy() else 10)
+    assert "first to fail: rank 1 was killed by SIGKILL" in output
+    assert "last seen as rank 1 " in output
+    assert box(run, 0)["cause"] == "lost its peers"
+    assert box(run, 0)["step"] == 7
+    assert "Traceback" not in output, "the rank that lost its peer is no news"
+    assert steps_saved(run) == [4]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_told_to_stop(make_run: MakeRun, launch: Launch, number: signal.Signals) -> None:
+    changes = {**PAIR, "stage__max_steps": 40, "checkpoint__every": 30}
+    run = make_run("stopped", FINETUNE, **changes)
+    started = launch(run)
+    started.wait_for_step(5)
+    began = time.monotonic()
+    started.process.send_signal(number)
+    output = started.ends_with(75)
+    assert time.monotonic() - began < (60 if is_busy() else 5)
+    assert "Traceback" not in output
+    assert not run.done.exists()
+    taken = [line["step"] for line in record(run)]
+    assert steps_saved(run) == [taken[-1]], "nothing is lost: the last step taken is the one saved"
+    assert run.interrupted.read_text() == f"stopped by {number.name} after step {taken[-1]}\n"
+    if number is signal.SIGTERM:
+        whole = make_run("whole", FINETUNE, **changes)
+        launch(whole).ends_with(0)
+        again = launch(resumed(run)).ends_with(0)
+        assert f"after step {taken[-1]}" in again
+        assert record(run) == record(whole)
+
+
+def resumed(run: RunFolder) -> RunFolder:
+    """The run as `resume=auto` launches it again."""
+    config = yaml.safe_load(run.config.read_text())
+    run.config.write_text(yaml.safe_dump({**config, "resume": "auto"}))
+    run.interrupted.unlink()
+    return run
+
+
+def test_one_rank_that_is_told_to_stop_stops_all(make_run: MakeRun, launch: Launch) -> None:
+    """Restarts are for ranks that fail: these have left on purpose."""
+    run = make_run("one", FINETUNE, **{**PAIR, "stage__max_steps": 40}, hardware__max_restarts=3)
+    started = launch(run)
+    started.wait_for_step(5)
+    os.kill(started.rank_pid(1), signal.SIGTERM)
+    output = started.ends_with(75)
+    assert "started again" not in output
+    assert run.interrupted.exists()
+
+
+def with_watchdog(run: RunFolder, step_seconds: float) -> RunFolder:
+    config = yaml.safe_load(run.config.read_text())
+    config["watchdog"] |= {"step_seconds": step_seconds, "startup_seconds": 90.0}
+    run.config.write_text(yaml.safe_dump(config))
+    return run
+
+
+@pytest.mark.parametrize("fault", ["stopped", "asleep"])
+def test_a_hang_is_explained(make_run: MakeRun, launch: Launch, fault: str) -> None:
+    allowed = 5.0
+    run = with_watchdog(make_run(fault, FINETUNE, **PAIR), allowed)
+    started = launch(run, fault, rank=1, step=7)
+    started.wait_for_step(6)
+    began = time.monotonic()
+    while not list(run.black_boxes.glob("rank_*.json")) and time.monotonic() - began < 60:
+        time.sleep(0.1)
+    assert time.monotonic() - began < (60 if is_busy() else allowed + 2)
+    # torchrun waits 30 seconds for a stopped rank before it kills it.
+    output = started.ends_with(4)
+    assert "first to fail: " in output
+    who = "stopped or dead: rank 1 " if fault == "stopped" else "behind: rank 1 "
+    boxes = [json.loads(path.read_text()) for path in sorted(run.black_boxes.glob("rank_*.json"))]
+    hung = [content for content in boxes if content["cause"] == "hung"]
+    assert hung
+    assert all(who in content["message"] for content in hung)
+    assert all(content["step"] == 7 for content in boxes)
+    if fault == "stopped":
+        assert any("all_reduce" in line for line in hung[0]["stacks"]), "the collective that rank 0 waits in"
+    else:
+        assert any("in asleep (faults/planted.py" in line for line in hung[0]["ranks"])
+    assert steps_saved(run) == [4]
+
+
+def test_a_hang_is_recovered_from(make_run: MakeRun, launch: Launch) -> None:
+    run = with_watchdog(make_run("woken", FINETUNE, **PAIR, hardware__max_restarts=1), 5.0)
+    output = launch(run, "asleep", rank=1, step=7).ends_with(0)
+    assert "all ranks are started again" in output
+    assert len(record(run)) == 12
+
+
+@pytest.mark.parametrize(("fault", "cause"), [("crashed", "crashed"), ("out_of_memory", "out of memory")])
+def test_a_failure_is_traced_to_its_rank(make_run: MakeRun, launch: Launch, fault: str, cause: str) -> None:
+    run = make_run(fault, FINETUNE, **PAIR)
+    output = launch(run, fault, rank=1, step=7).ends_with(1)
+    [line] = [line for line in output.splitlines() if line.startswith("first to fail: ")]
+    assert line.startswith("first to fail: rank 1 ")
+    assert line.endswith(f"{cause}: planted")
+    told = box(run, 1)
+    assert (told["cause"], told["phase"], told["step"]) == (cause, "forward and backward", 7)
+    assert len(told["samples"]) == 2
+    assert set(told["samples"]).isdisjoint(box(run, 0)["samples"]), "its own, not the whole step's"
+    assert told["config"] == run.read_config().digest
+    assert output.count("Traceback") == 1, "the one of the rank that failed"
+
+
+def test_numbers_that_cannot_be_trained_on_halt_all_ranks(make_run: MakeRun, launch: Launch) -> None:
+    run = make_run("nan", FINETUNE, **PAIR, hardware__max_restarts=3)
+    output = launch(run, "nan", rank=1, step=7).ends_with(3)
+    assert "started again" not in output, "they would come to the same numbers"
+    assert "step 7: loss is nan" in json.loads(run.halted.read_text())["message"]
+    boxes = [box(run, rank) for rank in (0, 1)]
+    assert [content["cause"] for content in boxes] == ["halted", "halted"]
+    assert all(name in boxes[0]["message"] for content in boxes for name in content["samples"])
+    assert len(boxes[0]["samples"]) == len(boxes[1]["samples"]) == 2
+    assert steps_saved(run) == [4]
+
+
+def test_a_slow_rank_is_named_and_waited_for(make_run: MakeRun, launch: Launch) -> None:
+    run = make_run("slow", FINETUNE, **PAIR)
+    output = launch(run, "slow", rank=1).ends_with(0)
+    [line] = [line for line in output.splitlines() if "is slow" in line]
+    assert "rank 1 is slow" in line
+    assert "(max/mean " in line
+    times = [json.loads(text)["time"] for text in run.metrics.read_text().splitlines()]
+    assert all(time["slowest_rank"] == 1 for time in times[1:])
+    assert all(time["own_seconds_max"] > 1.3 * time["own_seconds_mean"] for time in times[1:])
+
+
+LOADING = """
+import os, signal, subprocess, sys, time
+from torch.utils.data import DataLoader
+from data.loader import _take_signals_like_the_parent
+from train import rank
+from train.interrupt import StopRequest
+
+def batches():
+    return iter(DataLoader(range(64), num_workers=2, worker_init_fn=_take_signals_like_the_parent))
+
+def main(arguments):
+    with StopRequest() as stop:
+        first, kept = batches(), batches()
+        next(first), next(kept)
+        subprocess.run(["bash", "-c", f"kill -TERM -- -{os.getpgid(0)}"])
+        print(stop.signal, len(list(first)), flush=True)
+        raise RuntimeError("planted")
+
+rank.main = main
+rank.run([])
+"""
+
+
+def test_loader_processes_survive_the_signal_but_not_their_rank() -> None:
+    """A signal to the group reaches them too; a rank needs its next batch to stop, and must not wait for them then."""
+    done = subprocess.run(
+        [sys.executable, "-c", LOADING], cwd=ROOT, capture_output=True, text=True, timeout=60, start_new_session=True
+    )
+    assert done.stdout == "SIGTERM 63\n", done.stderr
+    assert done.returncode == 1
+    assert "planted" in done.stderr.splitlines()[-1], done.stderr
