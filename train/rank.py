@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import logging
 import multiprocessing
 import os
@@ -11,31 +12,39 @@ import sys
 import warnings
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import NoReturn
 
 import torch
 import transformers
 
 import anchorformer.auto  # noqa: F401 (makes the model and its processor known to transformers)
 from anchorformer.errors import UserError, run_guarded
+from anchorformer.kernels import backend
 from train import checkpoint, distributed, interrupt
-from train.black_box import BlackBox
+from train.black_box import LOST, BlackBox, cause_of
+from train.compute import set_computation
 from train.config import RunConfig
 from train.distributed import World
 from train.engine import build_engine, loading
 from train.folder import RunFolder
+from train.identity import identify
 from train.interrupt import Interrupted, StopRequest
 from train.precision import choose_dtype
 from train.progress import Phase, Progress
+from train.replay import Order, replay
 from train.repro import naming_what_is_not_deterministic, set_determinism
-from train.stage import freeze, render, table
+from train.stage import freeze, render, table, trained_digest
 from train.trainer import Run, train
 from train.watchdog import Watchdog
 
 # Under torchrun this file is `__main__`, which would tell a reader of the log nothing.
 log = logging.getLogger("train.rank")
 
+PR_SET_PDEATHSIG = 1
+"""Of Linux' prctl: the signal that a process gets when its parent dies."""
 OWN_LOGGERS = ("anchorformer", "data", "train")
 """What is worth a line at INFO; of other packages only warnings are."""
 
@@ -102,8 +111,9 @@ def run_rank(
     progress.enter(Phase.loading)
     dtype = choose_dtype(config.hardware.precision, world.device, model_config.text_config.hidden_size)
     with loading(config, world, dtype):
-        model = load_model(start, dtype)
+        model = load_model(start, dtype, config.model.connector)
     freeze(model, config.stage)
+    set_computation(model, config.hardware)
     progress.enter(Phase.starting)
     engine = build_engine(model, config, world, loader.total_steps, dtype)
     distributed.bound_waits(timedelta(seconds=config.watchdog.collective_seconds))
@@ -112,7 +122,15 @@ def run_rank(
     if position and resumed:
         checkpoint.restore(position, engine, world)
         log.info("resumed from %s after step %d", position, resumed.step)
-    train(Run(config, folder, world, engine, processor, loader, loader.total_steps, resumed, progress, stop))
+    identity = identify(config, start, loader.data_fingerprint, loader.order_digest, trained_digest(engine.model))
+    run = Run(
+        config, folder, world, engine, processor, loader, loader.total_steps, resumed, progress, stop, identity=identity
+    )  # fmt: skip
+    order = Order.read(folder)
+    if order is None:
+        train(run)
+    else:
+        replay(run, order)
 
 
 def resume_from(config: RunConfig, folder: RunFolder, world: World) -> str:
@@ -127,11 +145,12 @@ def resume_from(config: RunConfig, folder: RunFolder, world: World) -> str:
 
 
 def prepare_process(config: RunConfig) -> None:
-    """Threads and determinism of this process, before anything is computed."""
+    """Threads, determinism and kernels of this process, before anything is computed."""
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(config.hardware.threads or max(1, cores // local_ranks))
     set_determinism(config)
+    backend.use(config.hardware.kernels.value)
 
 
 def start_logging(folder: RunFolder, rank: int) -> None:
@@ -152,24 +171,34 @@ def start_logging(folder: RunFolder, rank: int) -> None:
         transformers.utils.logging.disable_progress_bar()
     # DeepSpeed's call of a collective that torch is renaming; nothing that a reader of the log could act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
-    sys.excepthook = _log_crash
+    sys.excepthook = partial(_log_crash, rank)
 
 
-def _log_crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _log_crash(rank: int, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     # The ranks' output is interleaved on one terminal; each crash is also kept whole in the log of its own rank.
+    if cause_of(error) == LOST:
+        # Not the cause: the agent names the rank that failed first, and the black box has the traceback.
+        log.error("this rank has lost its peers: %s", next(iter(str(error).splitlines()), kind.__name__))
+        return
     log.critical("this rank crashed", exc_info=(kind, error, trace))
-    sys.__excepthook__(kind, error, trace)
+    if rank != 0:
+        sys.__excepthook__(kind, error, trace)
 
 
-def leave() -> None:
-    """Ends the loader's processes; they outlive the signals that this one has noted, and would hold up its exit."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for child in multiprocessing.active_children():
-        child.kill()
+def run(arguments: Sequence[str] | None = None) -> NoReturn:
+    """`main` as all that this process is for."""
+    if sys.platform == "linux":
+        # An agent that is killed cannot end its ranks; they are then told to stop as it would have told them.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    try:
+        run_guarded(lambda: main(arguments))
+    finally:
+        # The loader's processes note signals as this one does, and outlive those that are to end them: its exit would
+        # wait for them for ever.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for child in multiprocessing.active_children():
+            child.kill()
 
 
 if __name__ == "__main__":
-    try:
-        run_guarded(main)
-    finally:
-        leave()
+    run()

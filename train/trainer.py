@@ -24,9 +24,12 @@ from train.engine.base import total_norm
 from train.facts import gather_facts
 from train.folder import RunFolder, write_atomically
 from train.guards import FrozenGuard, check_numbers
+from train.identity import Identity
 from train.interrupt import Interrupted, StopRequest
 from train.metrics import Console, MetricsFile, step_record, time_record
+from train.mfu import mfu_of
 from train.pace import Lag, Stopwatch
+from train.preflight import before_first_step
 from train.progress import Phase, Progress
 
 log = logging.getLogger(__name__)
@@ -54,6 +57,7 @@ class Run:
         resumed: what the engine was restored from; None at a fresh start.
         progress: told where the run is, for the watchdog and the black box.
         stop: asked before every step whether to take it.
+        identity: what the run's numbers depend on.
     """
 
     config: RunConfig
@@ -66,6 +70,7 @@ class Run:
     resumed: TrainerState | None = None
     progress: Progress = field(default_factory=Progress)
     stop: StopRequest = field(default_factory=StopRequest)
+    identity: Identity = field(kw_only=True)
 
     @property
     def first(self) -> int:
@@ -81,6 +86,7 @@ def train(run: Run) -> None:
         TrainingHalted: numbers that cannot be trained on; on all ranks together.
         Interrupted: a signal has asked for it; on all ranks together, behind a checkpoint of the last step taken.
     """
+    before_first_step(run)
     checkpoint.abandon_newer(run.folder.state, run.world, run.first)
     loop = Loop(run)
     saved = run.first
@@ -120,6 +126,7 @@ class Loop:
         self._metrics = MetricsFile(run.folder.metrics, run.first) if run.world.is_main else None
         self._console = Console(run.total_steps, run.first)
         self._stopwatch = Stopwatch(run.engine.model, run.world.device)
+        self._mfu = mfu_of(run.engine.model, run.config.stage.trains, run.world)
         self._lag = Lag()
         self._clipped = 0
         self._batches_of_steps = iter(run.steps)
@@ -158,7 +165,7 @@ class Loop:
         self._clipped += is_clipped
         if self._metrics is not None:
             is_logged = step % config.log.every == 0 or step == run.total_steps
-            times = time_record(time.perf_counter() - started, data_wait, facts, world.device)
+            times = time_record(time.perf_counter() - started, data_wait, facts, world.device, self._mfu)
             record = step_record(
                 step, loss, lrs, grad_norm, norms if is_logged else None, facts, times, is_clipped=is_clipped
             )
@@ -185,9 +192,9 @@ def save(run: Run, frozen: FrozenGuard, step: int, position: dict[str, Any]) -> 
         position: of the loader, behind that step.
     """
     run.progress.enter(Phase.save)
-    state = TrainerState(step, position, checkpoint.numbers_digest(run.config), run.steps.data_fingerprint)
+    state = TrainerState(step, position, run.identity)
     keep = run.config.checkpoint.keep
-    saved = checkpoint.save(run.folder.state, run.engine, run.world, state, frozen.frozen, keep)
+    saved = checkpoint.save(run.folder, run.engine, run.world, state, frozen.frozen, keep)
     log.info("saved %s", saved)
 
 
