@@ -172,6 +172,8 @@ def test_a_plan_without_a_card_is_still_a_plan(capsys: Any) -> None:
     out = capsys.readouterr().out
     assert "fits: not known" in out
     assert "expected speed: not known" in out
+    with pytest.raises(UserError, match="--mfu is a share"):
+        plan.main(["stage=align", "experiment=paper_7b", "--mfu=40"])
     with pytest.raises(UserError, match=r"hardware\.card=z100 is not known"):
         plan.main(["stage=align", "experiment=paper_7b", "hardware.card=z100"])
 

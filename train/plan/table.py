@@ -114,7 +114,7 @@ def _state(choice: Choice) -> str:
 
 
 def _course(plan: StagePlan, assumed: Assumptions) -> list[str]:
-    config, stage = plan.config, plan.config.stage
+    stage = plan.config.stage
     text, supervised = ASSUMED_TEXT[stage.name]
     text = text if assumed.text is None else assumed.text
     supervised = supervised if assumed.supervised is None else assumed.supervised
@@ -122,27 +122,31 @@ def _course(plan: StagePlan, assumed: Assumptions) -> list[str]:
     per_part = model_flops(plan.shapes, stage.trains, work)
     useful = sum(per_part.values())
     again = recomputed_flops(plan.shapes, work) if plan.choice.layout.checkpointing else 0.0
-    lines = [
+    parts = ", ".join(f"{part.value} {flops / TERA:.2f}" for part, flops in per_part.items())
+    return [
         f"a sample of {text:g} text positions, {supervised:g} of them targets, and {assumed.images:g} image(s), "
         f"{work.positions:g} positions (assumed): {useful / TERA:.2f} TFLOP",
-        "  " + ", ".join(f"{part.value} {flops / TERA:.2f}" for part, flops in per_part.items())
-        + (f"; {again / TERA:.2f} more for activation checkpointing" if again else ""),
-    ]  # fmt: skip
-    if config.hardware.card is None:
-        return [*lines, "expected speed: not known; hardware.card says the peak"]
-    peak = named_card(config.hardware.card).peak_tflops * TERA
-    rate = plan.choice.layout.ranks * assumed.mfu * peak / (useful + again)
-    lines.append(
-        f"expected: {rate:.1f} samples/s ({rate / plan.choice.layout.ranks:.2f} per rank) at {assumed.mfu:.0%} of the "
-        "peak (assumed, not measured)"
-    )
+        f"  {parts}" + (f"; {again / TERA:.2f} more for activation checkpointing" if again else ""),
+        *_time(plan, assumed, useful + again),
+    ]
+
+
+def _time(plan: StagePlan, assumed: Assumptions, flops: float) -> list[str]:
+    stage, card, layout = plan.config.stage, plan.config.hardware.card, plan.choice.layout
+    if card is None or layout.value_bytes != 2:
+        return [
+            "expected speed: not known; " + ("hardware.card says the peak" if card is None else "peaks are of bf16")
+        ]
+    rate = assumed.mfu * named_card(card).peak_tflops * TERA / flops
+    samples, what = 100_000.0, "100,000 samples (--samples=N says how many an epoch has)"
     if stage.max_steps is not None:
-        samples, what = stage.max_steps * stage.global_batch, f"{stage.max_steps} steps"
-    elif assumed.samples is not None:
-        samples, what = (stage.epochs or 0) * assumed.samples, f"{stage.epochs:g} epoch(s) of {assumed.samples:,}"
-    else:
-        samples, what = 100_000, "100,000 samples (--samples=N says how many an epoch has)"
-    hours = samples / rate / 3600
-    cost = "" if assumed.price is None else f", {hours * plan.choice.layout.ranks * assumed.price:.2f} at "
-    cost += "" if assumed.price is None else f"{assumed.price:g} per card and hour"
-    return [*lines, f"expected: {hours:.2f} hours for {what}, {hours * config.world_size:.1f} card hours{cost}"]
+        samples, what = float(stage.max_steps * stage.global_batch), f"{stage.max_steps} steps"
+    elif stage.epochs is not None and assumed.samples is not None:
+        samples, what = stage.epochs * assumed.samples, f"{stage.epochs:g} epoch(s) of {assumed.samples:,}"
+    card_hours = samples / rate / 3600
+    cost = f", {card_hours * assumed.price:.2f} at {assumed.price:g} per card and hour" if assumed.price else ""
+    return [
+        f"expected: {rate * layout.ranks:.1f} samples/s ({rate:.2f} per rank) at {assumed.mfu:.0%} of the peak "
+        "(assumed, not measured)",
+        f"expected: {card_hours / layout.ranks:.2f} hours for {what}, {card_hours:.1f} card hours{cost}",
+    ]

@@ -25,13 +25,11 @@ def main(arguments: list[str]) -> int:
     """
     overrides, assumed = _read(arguments)
     keys = {text.split("=", 1)[0].lstrip("+") for text in overrides}
-    stages = [] if "stage" in keys else [f"stage={stage.value}" for stage in StageName]
+    stages = [[]] if "stage" in keys else [[f"stage={stage.value}"] for stage in StageName]
+    start = [] if "init_from" in keys else [f"init_from={NOT_THERE_YET}"]
     misfits = []
-    for stage in stages or [None]:
-        given = [*overrides, *([stage] if stage else [])]
-        if "init_from" not in keys:
-            given.append(f"init_from={NOT_THERE_YET}")
-        plan = plan_stage(compose(given, stand_ins={"data.root": NOT_THERE_YET}))
+    for stage in stages:
+        plan = plan_stage(compose([*overrides, *stage, *start], stand_ins={"data.root": NOT_THERE_YET}))
         print(render(plan, assumed) + "\n")
         if plan.remedies:
             misfits.append(plan)
@@ -52,4 +50,8 @@ def _read(arguments: list[str]) -> tuple[list[str], Assumptions]:
     parser.add_argument("--samples", type=int)
     parser.add_argument("--images", type=float, default=1.0)
     values = vars(parser.parse_intermixed_args(arguments))
+    if not 0 < values["mfu"] <= 1:
+        raise UserError(
+            "--mfu is a share of the peak", found=values["mfu"], expected="above 0, at most 1", remedy="e.g. --mfu=0.4"
+        )
     return values.pop("overrides"), Assumptions(**values)
