@@ -10,6 +10,7 @@ from anchorformer.connectors.fold import folded_key_values
 from anchorformer.kernels.attention import attend
 from anchorformer.kernels.backend import Backend
 from anchorformer.kernels.gelu_linear import gelu_linear
+from anchorformer.kernels.normed_linear import normed_linear
 
 
 class CrossAttention(nn.Module):
@@ -22,22 +23,22 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.head_width = head_width
         inner = num_heads * head_width
-        self.norm_media = nn.LayerNorm(width)
-        self.norm_queries = nn.LayerNorm(width)
-        self.to_q = nn.Linear(width, inner, bias=False)
-        self.to_kv = nn.Linear(width, 2 * inner, bias=False)
+        self.norm_media = Norm(width)
+        self.norm_queries = Norm(width)
+        self.to_q = NormedLinear(width, inner, bias=False)
+        self.to_kv = NormedLinear(width, 2 * inner, bias=False)
         self.to_out = nn.Linear(inner, width, bias=False)
 
     def key_values(self, media_BNV: Tensor) -> Tensor:
         """Keys and values side by side, (B, N, 2 * heads * head width)."""
-        return cast(Tensor, self.to_kv(self.norm_media(media_BNV)))
+        return cast(Tensor, self.to_kv(media_BNV, *self.norm_media()))
 
     def forward(self, queries_BTV: Tensor, key_values_BNE: Tensor) -> Tensor:
         def heads(x: Tensor) -> Tensor:
             return x.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
 
         key, value = key_values_BNE.chunk(2, dim=-1)
-        query = self.to_q(self.norm_queries(queries_BTV))
+        query = self.to_q(queries_BTV, *self.norm_queries())
         # Never with a matrix of scores, at no size: those of every layer would be kept until backward.
         out_BTHK = attend(
             heads(query), heads(key), heads(value), scale=self.head_width**-0.5, backend=Backend.sdpa
@@ -50,12 +51,29 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, mult: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.up = nn.Linear(width, mult * width, bias=False)
+        self.norm = Norm(width)
+        self.up = NormedLinear(width, mult * width, bias=False)
         self.down = GeluLinear(mult * width, width, bias=False)
 
     def forward(self, x_BTV: Tensor) -> Tensor:
-        return cast(Tensor, self.down(self.up(self.norm(x_BTV))))
+        return cast(Tensor, self.down(self.up(x_BTV, *self.norm())))
+
+
+class Norm(nn.LayerNorm):
+    """The gain and shift of a LayerNorm whose work is done by the linear behind it.
+
+    Copies: under ZeRO-3 the parameters themselves are gone when this module's forward ends.
+    """
+
+    def forward(self) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return self.weight.clone(), self.bias.clone()
+
+
+class NormedLinear(nn.Linear):
+    """A linear without bias that normalises its input first, and keeps that input only."""
+
+    def forward(self, x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:  # type: ignore[override]
+        return normed_linear(x, gain, shift, self.weight)
 
 
 class GeluLinear(nn.Linear):

@@ -10,8 +10,9 @@ from itertools import chain
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from anchorformer.kernels.normed_linear import normed_linear
 
 
 def folded_key_values(media_BNV: Tensor, norms: Sequence[nn.LayerNorm], linears: Sequence[nn.Linear]) -> list[Tensor]:
@@ -21,14 +22,12 @@ def folded_key_values(media_BNV: Tensor, norms: Sequence[nn.LayerNorm], linears:
 
         W (g * xh + b) = (W diag(g)) xh + W b        with xh the media less their mean over their deviation,
 
-    and what is left of the L products is one, with L * E outputs. For backward xh is kept once instead of L normed
-    copies. The weights are read outside the forward of the modules that own them, which ZeRO-3 does not allow.
+    and what is left of the L products is one, with L * E outputs. The weights are read outside the forward of the
+    modules that own them, which ZeRO-3 does not allow.
     """
-    first = norms[0]
     weight, bias = _Fold.apply(*chain.from_iterable((linear.weight, norm.weight, norm.bias)
                                                     for norm, linear in zip(norms, linears, strict=True)))  # fmt: skip
-    normed_BNV = F.layer_norm(media_BNV, first.normalized_shape, eps=first.eps)
-    return list(F.linear(normed_BNV, weight, bias).chunk(len(norms), dim=-1))
+    return list(normed_linear(media_BNV, None, None, weight, bias).chunk(len(norms), dim=-1))
 
 
 class _Fold(torch.autograd.Function):

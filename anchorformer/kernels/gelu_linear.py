@@ -14,10 +14,8 @@ def gelu_linear(x: Tensor, weight_OI: Tensor) -> Tensor:
 
     The two steps keep gelu(x) beside x, and in a feed-forward both have its inner width.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        # Inside a Function of its own nothing is cast on the way back.
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight_OI = x.to(dtype), weight_OI.to(dtype)
+    if torch.is_autocast_enabled(x.device.type):  # which casts each step in its own way
+        return F.linear(F.gelu(x), weight_OI)
     return cast(Tensor, _GeluLinear.apply(x, weight_OI))
 
 

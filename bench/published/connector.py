@@ -36,14 +36,13 @@ class PublishedConnector(nn.Module):
 
 def attention(parts: CrossAttention, queries_BTV: Tensor, media_BNV: Tensor) -> Tensor:
     """softmax(q k^T) v with the (B, H, T, N) scores as tensors: scaled queries, largest score taken off, softmax."""
-    media = parts.norm_media(media_BNV)
-    queries = parts.norm_queries(queries_BTV)
-    key, value = parts.to_kv(media).chunk(2, dim=-1)
+    key, value = _linear(parts.to_kv, _norm(parts.norm_media, media_BNV)).chunk(2, dim=-1)
+    query = _linear(parts.to_q, _norm(parts.norm_queries, queries_BTV))
 
     def heads(x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, parts.head_width)).transpose(1, 2)
 
-    query_BHTK, key_BHNK, value_BHNK = heads(parts.to_q(queries)), heads(key), heads(value)
+    query_BHTK, key_BHNK, value_BHNK = heads(query), heads(key), heads(value)
     scores = torch.einsum("bhtk,bhnk->bhtn", query_BHTK * parts.head_width**-0.5, key_BHNK)
     scores = scores - scores.amax(dim=-1, keepdim=True).detach()
     out = torch.einsum("bhtn,bhnk->bhtk", scores.softmax(dim=-1), value_BHNK)
@@ -52,4 +51,12 @@ def attention(parts: CrossAttention, queries_BTV: Tensor, media_BNV: Tensor) -> 
 
 def feed_forward(parts: FeedForward, x_BTV: Tensor) -> Tensor:
     """LayerNorm, Linear, GELU, Linear, one after the other."""
-    return nn.functional.linear(nn.functional.gelu(parts.up(parts.norm(x_BTV))), parts.down.weight)
+    return _linear(parts.down, nn.functional.gelu(_linear(parts.up, _norm(parts.norm, x_BTV))))
+
+
+def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    return nn.functional.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def _linear(linear: nn.Linear, x: Tensor) -> Tensor:
+    return nn.functional.linear(x, linear.weight)

@@ -34,6 +34,7 @@ from anchorformer.kernels.rms_norm import rms_norm
 from anchorformer.kernels.rope import rotate
 from anchorformer.kernels.swiglu import swiglu
 from anchorformer.lean import make_lean
+from bench.runner import saved_bytes
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 FAMILIES: dict[str, Any] = {
@@ -140,7 +141,7 @@ def test_unknown_families_and_activations_keep_their_own_code(caplog: pytest.Log
 
 
 def _saved_kib_per_token(width: int, layers: int, trainable: bool, device: str) -> float:
-    """Bytes kept for backward by a flat forward, each storage once and parameters not, at Llama-2-7B's proportions."""
+    """What a flat forward keeps for backward, at Llama-2-7B's proportions."""
     positions = 704  # beyond the rows for which the CPU chooses attention with scores
     config = LlamaConfig(
         vocab_size=64, hidden_size=width, intermediate_size=width * 11008 // 4096, num_hidden_layers=layers,
@@ -149,23 +150,14 @@ def _saved_kib_per_token(width: int, layers: int, trainable: bool, device: str) 
     model = LlamaForCausalLM._from_config(config, attn_implementation=TEXT_ATTENTION, dtype=torch.bfloat16).to(device)
     model.requires_grad_(trainable)
     make_lean(model)
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        pointer = tensor.untyped_storage().data_ptr()
-        if pointer not in weights:
-            kept[pointer] = tensor
-        return tensor
-
     embeds = torch.randn(1, positions, width, dtype=torch.bfloat16, device=device, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(
-            inputs_embeds=embeds, position_ids=torch.arange(positions, device=device)[None], use_cache=False,
-            attention_mask=FLAT_MASK, cu_seq_lens_q=torch.tensor([0, positions], dtype=torch.int32, device=device),
-            max_length_q=positions, logits_to_keep=1,
-        )  # fmt: skip
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 1024 / positions
+    inputs: dict[str, Any] = {
+        "inputs_embeds": embeds, "position_ids": torch.arange(positions, device=device)[None], "use_cache": False,
+        "attention_mask": FLAT_MASK, "max_length_q": positions, "logits_to_keep": 1,
+        "cu_seq_lens_q": torch.tensor([0, positions], dtype=torch.int32, device=device),
+    }  # fmt: skip
+    kept, _ = saved_bytes(lambda: model(**inputs), model.parameters())
+    return kept / 1024 / positions
 
 
 @pytest.mark.parametrize("device", DEVICES)
