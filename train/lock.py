@@ -69,6 +69,18 @@ def acquired(folder: Path) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Holds an existing run folder inside the block.
+
+    Raises:
+        UserError: see `acquired`.
+    """
+    with acquired(folder):
+        yield
+    release(folder)
+
+
 def acquire(folder: Path) -> None:
     """Takes the lock, or keeps it where this process has it already.
 

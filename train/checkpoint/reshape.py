@@ -42,27 +42,21 @@ def converted(position: Path) -> Path:
     return folder
 
 
-def ensure(position: Path, ranks: int, zero_stage: int) -> Path | None:
-    """Converts a complete checkpoint where so many ranks cannot read it as it is; one process calls it.
-
-    Returns:
-        The conversion; None where none is needed.
+def ensure(position: Path) -> Path:
+    """Converts a complete checkpoint of shards, or finds the conversion that is there; one process calls it.
 
     Raises:
         UserError: the converter has failed, or there is no room.
     """
-    saved = Saved.read(position)
-    if saved.fits(ranks, zero_stage):
-        return None
     final = position.with_name(f"{UNIVERSAL}{position.name}")
     if final.is_dir() and seal.damage(final, alone()) is None:
         return converted(position)
     # What is cut out of the files, and what is put together from it.
-    problem = lack_of_room(position.parent, 2 * sum(described["bytes"] for described in seal.read(position).values()),
-                           f"the conversion of {position.name}")  # fmt: skip
+    size = sum(described["bytes"] for described in seal.read(position).values())
+    problem = lack_of_room(position.parent, 2 * size, f"the conversion of {position.name}")
     if problem is not None:
         raise problem
-    log.info("converting %s from %d to %d rank(s)", position, saved.ranks, ranks)
+    log.info("converting %s, for any number of ranks", position)
     partial = position.with_name(f"{TEMPORARY}{position.name}-universal")
     for rest in (final, partial):
         shutil.rmtree(rest, ignore_errors=True)

@@ -75,7 +75,7 @@ def fit(root: Path, config: RunConfig) -> None:
     if candidates and not Saved.read(candidates[-1]).fits(ranks, zero_stage):
         position = find(root, config.resume, alone())
         if position is not None:
-            reshape.ensure(position, ranks, zero_stage)
+            reshape.ensure(position)
 
 
 def damage(folder: Path, world: World) -> str | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train.checkpoint import seal
-from train.distributed import World
+from train.distributed import World, alone
 from train.folder import sync_folder, write_atomically
 
 log = logging.getLogger(__name__)
@@ -73,6 +73,24 @@ def prune(root: Path, keep: int, written: Path) -> list[Path]:
     for folder in old:
         delete(folder)
     return old
+
+
+def prune_all(root: Path, keep: int) -> list[Path]:
+    """What `prune` leaves, without waiting for a newer checkpoint: nothing stays but the newest `keep` complete ones.
+
+    Returns:
+        What was deleted; nothing where no complete checkpoint is left, by their hashes.
+    """
+    there = [folder for folder in complete(root) if seal.damage(folder, alone()) is None]
+    if not there:
+        return []
+    kept = set(there[-max(keep, 1) :])
+    gone = [one.folder for one in listing(root) if one.folder not in kept]
+    rests = sweep(root)
+    for folder in gone:
+        if folder not in rests:
+            delete(folder)
+    return gone
 
 
 def delete(folder: Path) -> None:
