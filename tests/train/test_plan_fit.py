@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anchorformer.errors import UserError
+from tests.train.tiny_world import write_world
 from train.compose import compose
 from train.config import Checkpointing, RunConfig
 from train.plan.cards import CARDS, card_of_device
@@ -27,6 +29,7 @@ from train.plan.fit import (
     settle,
 )
 from train.plan.shapes import read_shapes
+from train.prepare import prepare
 from train.verbs import plan
 
 GB = 1e9
@@ -190,3 +193,14 @@ NAMES = {
 def test_cards_are_known_by_the_name_of_their_device(name: str) -> None:
     expected = NAMES[name]
     assert card_of_device(name) == (CARDS[expected] if expected else None)
+
+
+def test_a_run_is_prepared_with_what_was_planned(tiny_backbones: Path, tmp_path: Path) -> None:
+    overrides = [*write_world(tmp_path, tiny_backbones), "run=planned", "hardware.memory_gb=4"]
+    settled = prepare(compose(overrides), ["test"]).read_config()
+    budget = settled.data.token_budget
+    assert budget is not None
+    assert budget >= settled.data.max_length
+    assert settled.hardware.activation_checkpointing is Checkpointing.off
+    resumed = prepare(compose([*overrides, "resume=auto"]), ["test"]).read_config()
+    assert resumed.data.token_budget == budget

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -147,7 +148,7 @@ def remedies(config: RunConfig, shapes: Shapes, limit: float) -> list[str]:
 def _larger(config: RunConfig, shapes: Shapes, limit: float) -> list[str]:
     least = replace(layout_of(config, checkpointing=True), zero=3 if config.world_size > 1 else config.zero.stage)
     need = memory_at(config, shapes, least, config.data.max_length).total
-    found = [f"a card of at least {need / GB:.0f} GB with hardware.activation_checkpointing=on"]
+    found = [f"a card of at least {math.ceil(need / GB)} GB with hardware.activation_checkpointing=on"]
     ranks = config.world_size
     while ranks < MOST_RANKS:
         ranks *= 2
