@@ -122,15 +122,16 @@ def peak_bytes(call: Callable[[], object], repeats: int = 2) -> int:
             gc.collect()
             _LIBC.malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
-            before = _resident("VmRSS")
+            before = resident("VmRSS")
             call()
-            least = min(least, _resident("VmHWM") - before)
+            least = min(least, resident("VmHWM") - before)
     finally:
         _LIBC.mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
     return least
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
+    """Bytes of this process in memory, by the kernel's name: VmRSS, VmHWM (the most so far), RssAnon (not shared)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
