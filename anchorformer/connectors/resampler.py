@@ -29,7 +29,7 @@ class ResamplerConfig(ConnectorConfig):
     ff_mult: Annotated[int, Field(ge=1)] = 4
     """Inner width of the feed-forward, as a multiple of the vision width."""
     fold_kv: bool = field(default=False, compare=False)  # the same connector either way, computed differently
-    """Keys and values of all layers from one matrix product: less memory, same weights and result; not with ZeRO-3."""
+    """Keys and values of all layers from one matrix product; the same weights and result, not with ZeRO-3."""
 
     def count(self, num_tokens: int, num_anchors: int, has_cls: bool) -> int:
         return self.num_queries

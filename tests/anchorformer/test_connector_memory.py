@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -48,7 +49,7 @@ def _pair(config: Any, width: int = 64) -> tuple[Connector, Connector]:
 def _run(connector: nn.Module, anchors: Anchors, features: VisionFeatures) -> dict[str, Tensor]:
     out = connector(anchors, features)
     torch.manual_seed(2)
-    (out.float() * torch.randn(out.shape)).sum().backward()
+    (out.double() * torch.randn(out.shape).to(out.device)).sum().backward()
     gradients = {name: parameter.grad for name, parameter in connector.named_parameters()}
     return {"output": out.detach(), **{name: grad for name, grad in gradients.items() if grad is not None}}
 
@@ -72,6 +73,24 @@ def test_folded_half_precision_is_no_further_from_fp32_than_twice_the_plain_one(
     half, half_folded = (_run(connector.bfloat16(), *_inputs()) for connector in (plain, folded))
     for name, truth in exact.items():
         assert _distance(half_folded[name], truth) <= 2 * _distance(half[name], truth), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_device_it_is_no_further_from_the_exact_result_than_twice_the_cpu(
+    dtype: torch.dtype, folded: bool
+) -> None:
+    connector = _pair(CONFIGS[0])[folded]
+    exact = _run(copy.deepcopy(connector).double(), *_inputs())
+    cpu = _run(copy.deepcopy(connector).to(dtype), *_inputs())
+    anchors, features = _inputs()
+    cuda = _run(
+        connector.to("cuda", dtype), Anchors(anchors.tokens_BTV.cuda(), None),
+        VisionFeatures(features.tokens_BNV.cuda(), None, True),
+    )  # fmt: skip
+    for name, truth in exact.items():
+        assert _distance(cuda[name].cpu(), truth) <= 2 * _distance(cpu[name], truth), name
 
 
 def test_the_fold_is_differentiated_correctly() -> None:
