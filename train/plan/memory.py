@@ -187,14 +187,13 @@ def vision_layer(vision: VisionShape, size: int) -> float:
 def connector(shape: ConnectorShape, vision: VisionShape, text_width: int, size: int) -> float:
     """Bytes per image of a trained connector.
 
-    The visual tokens are kept normed, by each layer for itself (and once as they are) or, folded, once for all; then
-    keys and values of each layer. Of the queries a layer keeps both residuals, both normed, the projected ones, the
-    attention's output, and the feed-forward before GELU; the projector its inner values before and after GELU.
+    The visual tokens are kept once. Each layer keeps their keys and values, and of the queries both residuals, the
+    projected ones, the attention's output and the feed-forward before GELU; norms are taken again in backward. The
+    projector keeps its input, before and after the last norm, and its inner values before and after GELU.
     """
     media, queries, width = vision.tokens, shape.queries, vision.width
-    normed = media * width * (1 if shape.folds or not shape.depth else shape.depth + 1)
     of_media = 2 * media * shape.inner
-    of_queries = queries * (4 * width + 2 * shape.inner + shape.ff_mult * width)
+    of_queries = queries * ((2 + shape.ff_mult) * width + 2 * shape.inner)
     exit_ = 2 * queries * (width * (shape.depth > 0) + text_width)
     statistics = shape.depth * FP32 * (2 * media + 4 * queries + shape.heads * queries)
-    return size * (normed + shape.depth * (of_media + of_queries) + exit_) + statistics
+    return size * (media * width + shape.depth * (of_media + of_queries) + exit_) + statistics

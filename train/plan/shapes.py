@@ -102,7 +102,6 @@ class ConnectorShape:
         inner: width of all heads of a layer together.
         ff_mult: inner width of a layer's feed-forward, as a multiple of the vision width.
         learns_queries: whether the queries are parameters.
-        folds: whether keys and values of all layers come from one product.
     """
 
     queries: int
@@ -111,7 +110,6 @@ class ConnectorShape:
     ff_mult: int = 0
     heads: int = 0
     learns_queries: bool = False
-    folds: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,9 +278,8 @@ def _cross(spec: Mapping[str, Any], queries: int, *, learns_queries: bool = Fals
         _field(spec, "connector", name) for name in ("num_heads", "head_dim", "depth", "ff_mult")
     )
     return ConnectorShape(
-        queries=queries, depth=depth, inner=heads * head_dim, ff_mult=mult, heads=heads,
-        learns_queries=learns_queries, folds=bool(spec.get("fold_kv")),
-    )  # fmt: skip
+        queries=queries, depth=depth, inner=heads * head_dim, ff_mult=mult, heads=heads, learns_queries=learns_queries
+    )
 
 
 def _row(spec: Mapping[str, Any], what: str, rows: Mapping[str, Any]) -> Any:
