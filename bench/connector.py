@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -48,14 +49,10 @@ def _shape(ours: AnchorFormerConnector, media: Tensor, anchors: int, size: Size)
     media = media.bfloat16()
     in_bf16 = {name: _step(call, name, media, ours) for name in names}
     besides = [media, *ours.parameters()]
-    saved = {name: saved_bytes(lambda name=name: call(name, media), besides)[0] for name in names}  # type: ignore[misc]
+    saved = {name: saved_bytes(partial(call, name, media), besides)[0] for name in names}
     seconds = {}
     if size is not Size.quick:
-        steps: dict[str, Callable[[], object]] = {
-            name: lambda name=name: _step(call, name, media, ours)
-            for name in names  # type: ignore[misc]
-        }
-        seconds = cpu_seconds(steps, repeats=2)
+        seconds = cpu_seconds({name: partial(_step, call, name, media, ours) for name in names}, repeats=2)
     for name in names[1:]:
         equal = all(map(_exact, in_fp32[name], in_fp32["published"], reference))
         equal &= all(map(as_accurate, in_bf16[name], in_bf16["published"], reference))

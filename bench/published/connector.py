@@ -7,7 +7,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from anchorformer.connectors.blocks import CrossAttention, FeedForward
+from anchorformer.connectors.anchor_former import AnchorFormerConnector
+from anchorformer.connectors.base import Connector
+from anchorformer.connectors.blocks import CrossAttention, CrossLayer, FeedForward
+from anchorformer.connectors.resampler import Resampler
 from anchorformer.contracts import Anchors, VisionFeatures
 
 
@@ -17,8 +20,10 @@ class PublishedConnector(nn.Module):
     Source: the resampler of AnchorFormer's release (after Flamingo, arXiv 2204.14198).
     """
 
-    def __init__(self, connector: nn.Module) -> None:
+    def __init__(self, connector: Connector) -> None:
         super().__init__()
+        if not isinstance(connector, AnchorFormerConnector | Resampler):
+            raise TypeError(f"{type(connector).__name__} has no cross-attention to spell out")
         self.connector = connector
 
     def forward(self, anchors: Anchors, features: VisionFeatures) -> Tensor:
@@ -26,9 +31,10 @@ class PublishedConnector(nn.Module):
         parts = self.connector
         dtype = parts.norm.weight.dtype
         media_BNV = features.tokens_BNV.to(dtype)
-        learned = getattr(parts, "queries_TV", None)
-        x_BTV = anchors.tokens_BTV.to(dtype) if learned is None else learned.repeat(media_BNV.shape[0], 1, 1)
+        learned = parts.queries_TV.repeat(len(media_BNV), 1, 1) if isinstance(parts, Resampler) else None
+        x_BTV = anchors.tokens_BTV.to(dtype) if learned is None else learned
         for layer in parts.layers:
+            assert isinstance(layer, CrossLayer)
             x_BTV = attention(layer.cross, x_BTV, media_BNV) + x_BTV
             x_BTV = feed_forward(layer.ff, x_BTV) + x_BTV
         return cast(Tensor, parts.projector(parts.norm(x_BTV)))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from anchorformer.errors import UserError
 from bench import __main__ as command
@@ -146,6 +147,15 @@ def test_published_selection_takes_the_best_that_are_left() -> None:
     row = torch.tensor([[[9.0, 7.0, 2.0, 8.0, 1.0], [9.0, 7.0, 5.0, 8.0, 6.0]]])
     assert select(row, 5) == [[0, 1, 2, 3, 4]]
     assert select(row[:, :1], 3) == [[0, 1, 3]]
+
+
+def test_published_selection_is_the_published_one(golden_root: Path) -> None:
+    tensors = load_file(golden_root / "selection/selection.safetensors")
+    cases = json.loads((golden_root / "selection/cases.json").read_text())
+    for case in [case for case in cases if case["count"] >= case["H"]]:
+        scores = tensors[f"{case['case']}.attn"]
+        row = scores[:, :, 0] if case["full_matrix"] else scores
+        assert select(row, case["count"] + 1) == tensors[f"{case['case']}.indices"].tolist(), case["case"]
 
 
 @pytest.mark.parametrize("batch", [2, 4])
