@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
-from transformers import ProcessorMixin
+from transformers import GenerationConfig, ProcessorMixin
 
 from anchorformer.configuration import AnchorFormerConfig
 from anchorformer.errors import UserError
@@ -97,7 +97,8 @@ def check_folder(
     """Everything that can be wrong with a model folder, found from headers and hashes before a weight is loaded.
 
     Compares file sizes with the manifest, the sha256 of the connector's shards, the selector and connector with those
-    the run asks for, and the names and shapes of all tensors with the model that the configuration describes.
+    the run asks for, and the names and shapes of all tensors with the model that the configuration describes; and
+    validates the generation config.
 
     Args:
         every_hash: also read the backbones' shards (some 14 GB at 7B) to compare their sha256; once per run is enough.
@@ -119,6 +120,7 @@ def check_folder(
                 f"model folder {folder} is damaged at {name}", found="another sha256 than the manifest's",
                 expected=entry["sha256"], remedy="restore the file or write the folder again",
             )  # fmt: skip
+    _check_generation(folder)
     config = AnchorFormerConfig.from_pretrained(folder)
     wanted_parts = parse_parts(selector or config.selector, connector or config.connector)
     parts = parse_parts(config.selector, config.connector)
@@ -153,7 +155,7 @@ def load_model(
         UserError: a tensor missing, left over or of another shape.
     """
     model, info = AnchorFormerForConditionalGeneration.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, output_loading_info=True,
+        folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True,
         **({"connector": dict(connector)} if connector else {}),
     )  # fmt: skip
     wrong = {key: sorted(map(str, value)) for key, value in info.items() if key.endswith("_keys") and value}
@@ -189,10 +191,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def write_manifest(folder: Path, known: Mapping[str, Mapping[str, Any]] | None = None) -> None:
     """Writes MANIFEST.json over all files of the folder; entries in `known` are not hashed again."""
     files = {}
-    for path in sorted(folder.iterdir()):
-        if path.name != MANIFEST:
-            entry = (known or {}).get(path.name)
-            files[path.name] = dict(entry or {"bytes": path.stat().st_size, "sha256": sha256(path)})
+    paths = [path for path in sorted(folder.iterdir()) if path.name != MANIFEST]
+    for path in tqdm(paths, "hashing files", delay=5, leave=False):
+        entry = (known or {}).get(path.name)
+        files[path.name] = dict(entry or {"bytes": path.stat().st_size, "sha256": sha256(path)})
     (folder / MANIFEST).write_text(json.dumps({"format": 1, "files": files}, indent=2) + "\n")
 
 
@@ -225,7 +227,7 @@ def _write_shards(folder: Path, part: str, tensors: Mapping[str, Tensor]) -> dic
         shards[-1][name] = tensors[name].detach().cpu().contiguous()
         size += bytes_
     weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
+    for number, shard in enumerate(tqdm(shards, f"writing {part}", delay=5, leave=False), 1):
         file = f"{part}.safetensors" if len(shards) == 1 else f"{part}-{number:05d}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
@@ -259,6 +261,18 @@ def _compare(what: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[
             expected="; ".join(f"{name} {expected[name]}" for name in (missing + other)[:3]) or "no unknown tensors",
             remedy="start from a folder that was written for this selector and connector",
         )  # fmt: skip
+
+
+def _check_generation(folder: Path) -> None:
+    try:
+        GenerationConfig.from_pretrained(folder, local_files_only=True).validate(strict=True)
+    except (OSError, ValueError) as error:
+        # transformers refuses to save such a file, which would be found out when a trained model is written.
+        raise UserError(
+            f"{folder / 'generation_config.json'} is not valid", found=" ".join(str(error).split())[:300],
+            expected="values that go together, such as do_sample=true beside a temperature",
+            remedy="correct or remove those values, and the file's entry in MANIFEST.json, or assemble the model again",
+        ) from None  # fmt: skip
 
 
 def _check_present(path: Path) -> None:

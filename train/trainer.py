@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -97,6 +99,9 @@ def train(run: Run) -> None:
             if _is_save_due(run.config, step, run.total_steps):
                 save(run, loop.frozen, step, run.steps.state_dict())
                 saved = step
+                if run.config.rehearse and run.resumed is None and run.world.rank == run.world.size - 1:
+                    # What a rehearsal has to survive, behind its first checkpoint.
+                    os.kill(os.getpid(), signal.SIGKILL)
     except Interrupted as stop:
         if stop.step > saved:
             # The loader has already handed out the step that is not taken any more.

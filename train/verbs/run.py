@@ -41,6 +41,12 @@ def main(arguments: list[str]) -> int:
             "several nodes are not started by this command", found=f"hardware.nodes={config.hardware.nodes}",
             expected="one node", remedy="python -m train prepare ... prints what to run on each node",
         )  # fmt: skip
+    if config.rehearse:
+        from train.rehearse import rehearse  # imports torch
+
+        for line in rehearse(config, sys.argv):
+            print(f"proved: {line}")
+        return 0
     if is_done(config):
         print(f"{run_folder(config).path} is done already")
         return 0
