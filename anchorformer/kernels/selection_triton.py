@@ -53,10 +53,12 @@ def select_kernel(
             threshold = tl.where(count >= per_head, candidate, threshold)
             step = step >> 1
 
-        above = key > threshold
-        tied = (key == threshold) & free
-        seats = per_head - tl.sum(above.to(tl.int32), 0)
-        free = free & ~(above | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= seats)))
+        if reached == per_head:
+            free = free & (key < threshold)
+        else:  # more patches tie for the last seats than there are seats: the lower ones sit down
+            tied = key == threshold
+            seats = per_head - tl.sum((key > threshold).to(tl.int32), 0)
+            free = free & ((key < threshold) | (tied & (tl.cumsum(tied.to(tl.int32), 0) > seats)))
 
     taken = inside & ~free
     place = tl.cumsum(taken.to(tl.int32), 0)  # 1 for the lowest: place 0 is [CLS]
@@ -66,9 +68,9 @@ def select_kernel(
 
 
 def block_and_warps(num_patches: int) -> tuple[int, int]:
-    """Patches that a program holds, and its warps: few, since all of them meet at a barrier for every count."""
+    """Patches that a program holds, and its warps: few, since they meet at a barrier for every count, yet no spills."""
     block = triton.next_power_of_2(num_patches)
-    return block, min(max(block // 256, 1), 16)
+    return block, max(1, block // 512, min(block // 256, 4))
 
 
 def launch(scores_BHN: Tensor, num_anchors: int) -> Tensor:

@@ -18,10 +18,13 @@ logger = logging.getLogger(__name__)
 
 VISION_ATTENTION = "anchorformer_vision"
 
-LARGEST_FUSED_WIDTH = 128
-"""Widest head that the tiles of the fused kernel have registers for."""
+LARGEST_FUSED_WIDTH = 64
+"""Widest head for which, in half precision, one kernel is the faster way; wider ones are padded to 128.
 
-_PARKS = "parks_cls_scores"
+`python -m bench gpu-micro --only tapped_attention` times one kernel, SDPA, and SDPA with `cls_row`. On an H200 (torch 2.11,
+Triton 3.6, SDPA by cuDNN), heads of 64, one kernel was ahead at 577 and 2305 tokens and level at 5185; with 80 it was behind.
+"""
+
 _PARKED = "parked_cls_scores"
 
 
@@ -54,12 +57,14 @@ def attend_with_cls_row(
 
 def park_cls_scores(attention: nn.Module) -> None:
     """From now on this attention module keeps its [CLS] logits of each forward until `pop_cls_scores` takes them."""
-    setattr(attention, _PARKS, True)
+    setattr(attention, _PARKED, None)
 
 
 def pop_cls_scores(attention: nn.Module) -> Tensor | None:
-    """The fp32 [CLS] logits (B, H, N) of the last forward, removed from the module; None if none were left."""
-    return attention.__dict__.pop(_PARKED, None)
+    """The fp32 [CLS] logits (B, H, N) of the last forward, which the module then forgets; None if none were left."""
+    scores: Tensor | None = getattr(attention, _PARKED)
+    setattr(attention, _PARKED, None)
+    return scores
 
 
 def _vision_forward(
@@ -74,7 +79,7 @@ def _vision_forward(
 ) -> tuple[Tensor, None]:
     """transformers' attention signature for vision towers."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if not getattr(module, _PARKS, False):
+    if not hasattr(module, _PARKED):
         return attend(query, key, value, scale=scale, mask=attention_mask, dropout=dropout), None
     out, scores = attend_with_cls_row(query, key, value, scale, mask=attention_mask, dropout=dropout)
     setattr(module, _PARKED, scores)
@@ -107,6 +112,8 @@ def _obstacle(
         return "the kernel has no mask and no dropout"
     if not query_BHNK.dtype == key_BHNK.dtype == value_BHNK.dtype:
         return "queries, keys and values come in different dtypes"
+    if query_BHNK.dtype not in (torch.bfloat16, torch.float16):
+        return "the kernel multiplies half precision only"
     if query_BHNK.shape[-1] > LARGEST_FUSED_WIDTH:
         return f"heads are wider than {LARGEST_FUSED_WIDTH}"
     return None

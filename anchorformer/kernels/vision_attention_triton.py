@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -11,24 +9,8 @@ from torch import Tensor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
-
-@dataclass(frozen=True, kw_only=True)
-class Tiles:
-    """Queries (m) and keys (n) per tile, warps, tiles of keys in flight; fixed, so that a shape always rounds alike."""
-
-    m: int
-    n: int
-    warps: int
-    stages: int
-
-
-def tiles(dtype: torch.dtype, width: int) -> Tiles:
-    """fp32 is multiplied without matrix units, which would round it to TF32; its operands then all sit in registers."""
-    if dtype is torch.float32:
-        return Tiles(m=32, n=32, warps=8, stages=1) if width <= 64 else Tiles(m=16, n=16, warps=8, stages=1)
-    if width <= 64:
-        return Tiles(m=128, n=64, warps=4, stages=3)
-    return Tiles(m=128, n=64, warps=8, stages=2)
+BLOCK = 64
+"""Queries and keys per tile. Small tiles leave room for four programs on a multiprocessor, and patches come in 64s."""
 
 
 @triton.jit
@@ -77,9 +59,10 @@ def attention_kernel(
     if tl.program_id(0) == 0:
         scores += (image * num_heads + head) * num_tokens
         q_K = tl.load(query + lane * query_width_stride, mask=in_width, other=0.0).to(tl.float32)
-        top = tl.full([], float("-inf"), tl.float32)
-        total = tl.full([], 0.0, tl.float32)
-        out_K = tl.zeros([BLOCK_K], tl.float32)
+        # Every place of the tile keeps a softmax of its own over the keys that come by; they are joined at the end.
+        top_N = tl.full([BLOCK_N], -1e30, tl.float32)
+        total_N = tl.zeros([BLOCK_N], tl.float32)
+        out_NK = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
         for start in range(0, num_tokens, BLOCK_N):
             token = start + tl.arange(0, BLOCK_N)
             mask = (token < num_tokens)[:, None] & in_width[None, :]
@@ -92,13 +75,16 @@ def attention_kernel(
             score_N = tl.sum(k_NK.to(tl.float32) * q_K[None, :], 1) * scale
             tl.store(scores + token, score_N, mask=token < num_tokens)
             logit_N = tl.where(token < num_tokens, score_N * LOG2_E, float("-inf"))
-            new_top = tl.maximum(top, tl.max(logit_N, 0))
-            shrink = tl.exp2(top - new_top)
-            weight_N = tl.exp2(logit_N - new_top)
-            total = total * shrink + tl.sum(weight_N, 0)
-            out_K = out_K * shrink + tl.sum(weight_N[:, None] * v_NK.to(tl.float32), 0)
-            top = new_top
-        tl.store(out + lane, (out_K / total).to(out.dtype.element_ty), mask=in_width)
+            new_top_N = tl.maximum(top_N, logit_N)
+            shrink_N = tl.exp2(top_N - new_top_N)
+            weight_N = tl.exp2(logit_N - new_top_N)
+            total_N = total_N * shrink_N + weight_N
+            out_NK = out_NK * shrink_N[:, None] + weight_N[:, None] * v_NK.to(tl.float32)
+            top_N = new_top_N
+        shrink_N = tl.exp2(top_N - tl.max(top_N, 0))
+        total = tl.sum(total_N * shrink_N, 0)
+        out_K = tl.sum(out_NK * shrink_N[:, None], 0) / total
+        tl.store(out + lane, out_K.to(out.dtype.element_ty), mask=in_width)
     else:
         row = 1 + (tl.program_id(0) - 1) * BLOCK_M + tl.arange(0, BLOCK_M)
         row_mask = (row < num_tokens)[:, None] & in_width[None, :]
@@ -122,14 +108,14 @@ def attention_kernel(
                 inside = token < num_tokens
                 k_KN = tl.load(keys, mask=inside[None, :] & in_width[:, None], other=0.0)
                 v_NK = tl.load(values, mask=inside[:, None] & in_width[None, :], other=0.0)
-            score_MN = tl.dot(q_MK, k_KN, input_precision="ieee")
+            score_MN = tl.dot(q_MK, k_KN)
             if not WHOLE:
                 score_MN = tl.where((token < num_tokens)[None, :], score_MN, float("-inf"))
             new_top_M = tl.maximum(top_M, tl.max(score_MN, 1) * to_log2)
             shrink_M = tl.exp2(top_M - new_top_M)
             weight_MN = tl.exp2(tl.fma(score_MN, to_log2, -new_top_M[:, None]))
             total_M = total_M * shrink_M + tl.sum(weight_MN, 1)
-            out_MK = tl.dot(weight_MN.to(v_NK.dtype), v_NK, out_MK * shrink_M[:, None], input_precision="ieee")
+            out_MK = tl.dot(weight_MN.to(v_NK.dtype), v_NK, out_MK * shrink_M[:, None])
             top_M = new_top_M
         tl.store(
             out + row[:, None] * out_token_stride + lane[None, :],
@@ -139,19 +125,19 @@ def attention_kernel(
 
 
 def launch(query_BHNK: Tensor, key_BHNK: Tensor, value_BHNK: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(B, N, H, K) in the inputs' dtype, and (B, H, N) fp32; any strides, K up to 128.
+    """(B, N, H, K) in the inputs' dtype, and (B, H, N) fp32; any strides, half precision.
 
     Raises:
-        ValueError: `scale` is not above 0: maxima are taken before scaling.
+        ValueError: fp32, which the matrix units would round to TF32; or a scale that is not above 0, since maxima are
+            taken before scaling.
     """
-    if scale <= 0:
-        raise ValueError(f"scale must be above 0, not {scale}")
+    if query_BHNK.dtype is torch.float32 or scale <= 0:
+        raise ValueError(f"half precision and a scale above 0, not {query_BHNK.dtype} and {scale}")
     batch, heads, tokens, width = query_BHNK.shape
     out_BNHK = query_BHNK.new_empty(batch, tokens, heads, width)
     scores_BHN = torch.empty(batch, heads, tokens, dtype=torch.float32, device=query_BHNK.device)
-    tile = tiles(query_BHNK.dtype, width)
     block_k = max(16, triton.next_power_of_2(width))
-    attention_kernel[(1 + triton.cdiv(tokens - 1, tile.m), heads, batch)](
+    attention_kernel[(1 + triton.cdiv(tokens - 1, BLOCK), heads, batch)](
         query_BHNK,
         key_BHNK,
         value_BHNK,
@@ -164,12 +150,12 @@ def launch(query_BHNK: Tensor, key_BHNK: Tensor, value_BHNK: Tensor, scale: floa
         tokens,
         width,
         scale,
-        WHOLE=(tokens - 1) % tile.n == 0 and block_k == width,
-        BLOCK_M=tile.m,
-        BLOCK_N=tile.n,
+        WHOLE=(tokens - 1) % BLOCK == 0 and block_k == width,
+        BLOCK_M=BLOCK,
+        BLOCK_N=BLOCK,
         BLOCK_K=block_k,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        num_warps=4,
+        num_stages=3,
         enable_fp_fusion=False,
     )
     return out_BNHK, scores_BHN

@@ -125,7 +125,7 @@ def _compile(
 def test_selection_fits_into_registers(
     tokens: int, registers: int, arch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """128 registers are all that 16 warps of a program can have."""
+    """128 are all that a program of 16 warps can have."""
     scores = torch.empty(2, 16, tokens, device=META)
     found = _compile("selection_triton", "select_kernel", arch, tmp_path, monkeypatch, scores, 145)
     assert found.registers <= registers
@@ -137,30 +137,32 @@ def test_selection_fits_into_registers(
 def test_row_fits_into_registers(arch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     query, key, _ = _strided(577, 64, torch.bfloat16)
     found = _compile("cls_row_triton", "row_kernel", arch, tmp_path, monkeypatch, query, key, 0.125)
-    assert found.registers <= 96
+    assert found.registers <= 64
     assert (found.stack, found.spills, found.matrix_products) == (0, 0, 0)
 
 
-SLOW_SHAPES = [
-    (577, 80, torch.bfloat16), (577, 128, torch.bfloat16), (600, 64, torch.bfloat16), (577, 64, torch.float32),
-    (577, 128, torch.float32),
-]  # fmt: skip
-
-
 @needs_triton
-@pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize(
-    ("tokens", "width", "dtype"),
-    [(577, 64, torch.bfloat16), *(pytest.param(*shape, marks=pytest.mark.slow) for shape in SLOW_SHAPES)],
+    ("tokens", "arch", "registers"),
+    [
+        (577, 80, 160),
+        (577, 90, 128),
+        pytest.param(600, 80, 208, marks=pytest.mark.slow),
+        pytest.param(600, 90, 144, marks=pytest.mark.slow),
+    ],
 )
 def test_attention_fits_into_registers(
-    tokens: int, width: int, dtype: torch.dtype, arch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tokens: int, arch: int, registers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """5185 tokens compile to the kernel of 577: both leave whole tiles beside [CLS]."""
-    qkv = _strided(tokens, width, dtype)
-    found = _compile("vision_attention_triton", "attention_kernel", arch, tmp_path, monkeypatch, *qkv, width**-0.5)
+    """On sm_90 four programs of four warps share a multiprocessor, which has room for 128 each.
+
+    5185 tokens compile to the kernel of 577: both leave whole tiles beside [CLS], as 600 do not.
+    """
+    qkv = _strided(tokens, 64, torch.bfloat16)
+    found = _compile("vision_attention_triton", "attention_kernel", arch, tmp_path, monkeypatch, *qkv, 0.125)
+    assert found.registers <= registers
     assert (found.stack, found.spills) == (0, 0)
-    assert (found.matrix_products > 0) == (dtype is not torch.float32)
+    assert found.matrix_products > 0
 
 
 # --- who runs where --------------------------------------------------------------------------------------------------
@@ -225,6 +227,7 @@ def test_what_the_fused_attention_cannot_do_is_done_by_its_twins(monkeypatch: py
     assert "mask" in reason(query, key, value, mask=torch.ones(1, dtype=torch.bool))
     assert "dropout" in reason(query, key, value, dropout=0.1)
     assert "dtypes" in reason(query.float(), key.float(), value)
+    assert "half" in reason(*_strided(577, 64, torch.float32))
     assert "wider" in reason(*_strided(577, 160, half))
     monkeypatch.setattr(vision_attention, "kernels_on", lambda device: Kernels.torch)
     assert "torch computes" in reason(query, key, value)

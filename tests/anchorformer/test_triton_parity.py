@@ -156,11 +156,11 @@ def test_row_is_as_exact_as_fp32(heads: int, tokens: int, width: int, dtype: tor
 
 # The interpreter multiplies bf16 matrices as if they were integers; fp16 takes the same way through the kernel.
 HALF = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]
-SHAPES = [(3, 50, 8), (2, 65, 64), (1, 52, 80), (1, 30, 72), (1, 33, 128)]
-LARGE = [] if INTERPRETED else [(2, 577, 64), (1, 2305, 64), (1, 5185, 64), (2, 577, 80), (3, 200, 128), (2, 257, 24)]
+SHAPES = [(3, 50, 8), (2, 65, 64), (1, 129, 64), (2, 150, 24)]
+LARGE = [] if INTERPRETED else [(2, 257, 48), (2, 577, 64), (1, 1000, 64), (1, 2305, 64), (1, 5185, 64)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize(("heads", "tokens", "width"), SHAPES + LARGE)
 def test_attention_error_is_at_most_twice_that_of_the_plain_twin(
     heads: int, tokens: int, width: int, dtype: torch.dtype
@@ -176,16 +176,16 @@ def test_attention_error_is_at_most_twice_that_of_the_plain_twin(
     assert out.shape == exact.shape
     assert out.is_contiguous()
     assert _error(out, exact) <= 2 * _error(plain, exact)
-    assert torch.equal(row, cls_row.cls_row(query, key, scale)) or _error(row, scores[:, :, 0]) < 2e-6
+    assert torch.equal(row, cls_row.cls_row(query, key, scale))
 
 
 def test_large_logits_neither_overflow_nor_vanish() -> None:
-    query, key, value = _qkv(1, 2, 66, 16, torch.float32)
-    query[:, :, ::3] *= 1e4
+    query, key, value = _qkv(1, 2, 66, 16, torch.float16)
+    query[:, :, ::3] *= 500
     out, _ = vision_attention.attend_with_cls_row(query, key, value, 0.25)
     exact = ((query.double() @ key.double().transpose(-1, -2) * 0.25).softmax(-1) @ value.double()).transpose(1, 2)
-    # Logits of 1e4 keep 1e-3 in fp32: so much of a weight, times values of order one.
-    torch.testing.assert_close(out.double(), exact, atol=2e-2, rtol=0)
+    # Logits of 1e3 and more are summed in fp32; weights and values of order one are rounded to fp16, at 5e-4 each.
+    torch.testing.assert_close(out.double(), exact, atol=1e-2, rtol=0)
 
 
 def test_an_image_does_not_depend_on_its_batch() -> None:
@@ -200,11 +200,11 @@ def test_an_image_does_not_depend_on_its_batch() -> None:
 # --- the operations in a tower ---------------------------------------------------------------------------------------
 
 
-def _tower() -> VisionTower:
+def _tower(dtype: torch.dtype = torch.float16) -> VisionTower:
     config = CLIPVisionConfig(
         hidden_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=56, patch_size=14, intermediate_size=64
     )
-    return VisionTower.from_config(config, VisionNeeds(layer=-2, cls_scores=True)).to(DEVICE)
+    return VisionTower.from_config(config, VisionNeeds(layer=-2, cls_scores=True)).to(DEVICE, dtype)
 
 
 def _pixels() -> Tensor:
@@ -213,7 +213,7 @@ def _pixels() -> Tensor:
 
 def test_operations_are_well_formed() -> None:
     """torch's own checks: the schema holds, no input is written to or handed back, fake outputs are like real ones."""
-    query, key, value = _qkv(2, 2, 50, 16, torch.float32)
+    query, key, value = _qkv(2, 2, 50, 16, torch.float16)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(selection._fused, (torch.randn(2, 4, 50, device=DEVICE), 17), test_utils=checks)
     torch.library.opcheck(cls_row._fused, (query, key, 0.25), test_utils=checks)
@@ -224,10 +224,18 @@ def test_operations_are_well_formed() -> None:
 def test_tower_and_selector_compile_as_one_graph(compiler: str) -> None:
     tower, selector = _tower().requires_grad_(False), AnchorSelectorConfig(num_anchors=9).build(17, 4, True)
     pixels = _pixels()
-    expected = selector(tower(pixels))
-    found = torch.compile(lambda pixels: selector(tower(pixels)), fullgraph=True, backend=compiler)(pixels)
-    assert torch.equal(found.indices_BT, expected.indices_BT)
-    torch.testing.assert_close(found.tokens_BTV, expected.tokens_BTV, atol=1e-5, rtol=1e-5)
+
+    def run(pixels: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        features: VisionFeatures = tower(pixels)
+        return features.tokens_BNV, features.cls_scores_BHN, selector(features).indices_BT
+
+    tokens, scores, indices = torch.compile(run, fullgraph=True, backend=compiler)(pixels)
+    expected = run(pixels)
+    # Three layers in fp16 (11 bits), which the compiler may round in other places.
+    torch.testing.assert_close(tokens, expected[0], atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(scores, expected[1], atol=2e-2, rtol=2e-2)
+    assert scores is not None
+    assert torch.equal(indices, selection.select_anchors(scores, 9))
 
 
 def test_a_tower_gives_what_it_gives_on_the_plain_twins() -> None:
@@ -236,12 +244,12 @@ def test_a_tower_gives_what_it_gives_on_the_plain_twins() -> None:
     backend.use("torch")
     plain: VisionFeatures = tower(pixels)
     assert fused.cls_scores_BHN is not None
-    torch.testing.assert_close(fused.tokens_BNV, plain.tokens_BNV, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(fused.tokens_BNV, plain.tokens_BNV, atol=5e-3, rtol=5e-3)  # fp16, one layer apart
     torch.testing.assert_close(fused.cls_scores_BHN, plain.cls_scores_BHN, atol=1e-5, rtol=1e-5)
 
 
 def test_a_tower_that_trains_keeps_its_gradients() -> None:
-    tower, pixels = _tower(), _pixels()
+    tower, pixels = _tower(torch.bfloat16), _pixels()
 
     def gradients() -> list[Tensor]:
         tower.zero_grad()
@@ -250,8 +258,9 @@ def test_a_tower_that_trains_keeps_its_gradients() -> None:
 
     found = gradients()
     backend.use("torch")
+    assert found
     for mine, theirs in zip(found, gradients(), strict=True):
-        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(mine, theirs)
 
 
 @on_the_card
@@ -268,16 +277,15 @@ def test_nothing_waits_for_the_card() -> None:
 
 @on_the_card
 def test_rows_stay_fp32_where_tf32_is_allowed() -> None:
-    query, key, value = _qkv(2, 2, 65, 64, torch.float32)
+    query, key, _ = _qkv(2, 2, 65, 64, torch.float32)
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
-        _, row = vision_attention.attend_with_cls_row(query, key, value, 0.125)
-        alone = cls_row.cls_row(query, key, 0.125)
+        row = cls_row.cls_row(query, key, 0.125)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
     exact = (query[:, :, :1].double() * key.double()).sum(-1) * 0.125
-    assert max(_error(row, exact), _error(alone, exact)) < 2e-6  # TF32 keeps 10 bits: its error is above 1e-4
+    assert _error(row, exact) < 2e-6  # TF32 keeps 10 bits: its error is above 1e-4
 
 
 @on_the_card
