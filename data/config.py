@@ -43,7 +43,8 @@ class DataConfig(Schema):
     max_dropped_share: Share = 0.02
     """Share of dropped or skipped samples above which the run stops."""
     token_budget: Count | None = None
-    """Most positions in one micro-batch; null leaves `hardware.micro_batch` alone to decide."""
+    """Most positions in one micro-batch; null leaves it to the plan where the run names its card (`train.plan`), and
+    to `hardware.micro_batch` alone where it does not."""
     num_workers: NotNegative = 0
     """Loader processes per rank."""
     cache_dir: str = ".cache/data"

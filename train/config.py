@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Annotated, Any
@@ -250,7 +251,7 @@ def check(config: RunConfig) -> None:
             "stage.global_batch cannot be dealt evenly",
             found=f"{stage.global_batch} samples over {config.world_size} rank(s)",
             expected=f"a multiple of {config.world_size}",
-            remedy=f"set stage.global_batch={max(1, round(stage.global_batch / config.world_size)) * config.world_size}",
+            remedy=f"set stage.global_batch={math.ceil(stage.global_batch / config.world_size) * config.world_size}",
         )
     if (stage.epochs is None) == (stage.max_steps is None):
         raise UserError(

@@ -179,7 +179,7 @@ CASES = [
     (typo, ["stage.warmup_ration", "'stage.warmup_ratio'?"]),
     (plus_typo, ["stage.warmup_ration", "'stage.warmup_ratio'?"]),
     (wrong_type, ["stage.warmup_ratio='often'", "number"]),
-    (indivisible_batch, ["33 samples", "multiple of 2", "stage.global_batch=32"]),
+    (indivisible_batch, ["33 samples", "multiple of 2", "stage.global_batch=34"]),
     (unknown_stage, ["'pretrain'", "align, finetune"]),
     (source_field, ["wieght", "'weight'?"]),
     (source_name, ["data.sources.llava", "_target_"]),
