@@ -19,10 +19,11 @@ logger = logging.getLogger(__name__)
 VISION_ATTENTION = "anchorformer_vision"
 
 LARGEST_FUSED_WIDTH = 64
-"""Widest head for which, in half precision, one kernel is the faster way; wider ones are padded to 128.
+"""Widest head for which, in half precision, one kernel is the faster way; wider ones would be padded to 128.
 
-`python -m bench gpu-micro --only tapped_attention` times one kernel, SDPA, and SDPA with `cls_row`. On an H200 (torch 2.11,
-Triton 3.6, SDPA by cuDNN), heads of 64, one kernel was ahead at 577 and 2305 tokens and level at 5185; with 80 it was behind.
+`python -m bench gpu-micro --only tapped_attention` times one kernel, SDPA, and SDPA with `cls_row`. On an H200 (torch
+2.11, Triton 3.6, SDPA by cuDNN) one kernel was ahead at 577 and 2305 tokens and level at 5185 with heads of 64, and
+behind with heads of 80.
 """
 
 _PARKED = "parked_cls_scores"
