@@ -72,7 +72,7 @@ def rehearse(config: RunConfig, words: Sequence[str]) -> list[str]:
     proved.append(f"rank {config.world_size - 1} was killed (-9), and the run went on from {sealed[-1]}, to the bit")
     proved += [_look(folder), _ask(folder, short)]
     release(folder.path)
-    return [*proved, f"it took {_since(begin)} and lies in {folder.path}; not proved: the longest samples, and long hours"]
+    return [*proved, f"took {_since(begin)}, lies in {folder.path}; not proved: the longest samples, and long hours"]
 
 
 def shortened(config: RunConfig) -> RunConfig:

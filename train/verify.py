@@ -38,9 +38,7 @@ def verify(folder: RunFolder) -> Iterator[Finding]:
     """
     folder.read_config()
     yield Finding("config, environment, start, identity", "; ".join(folder.broken_seals()) or None)
-    start = folder.start
-    moved = None if sha256(start / MANIFEST) == folder.start_hash else "it is not the one that the run began with"
-    yield Finding(f"start folder {start}", moved or _model_problem(start))
+    yield Finding("start folder", _start_problem(folder))
     identity = json.loads(folder.identity.read_text()) if folder.identity.is_file() else None
     for found in retention.listing(folder.state):
         name = found.folder.name
@@ -52,6 +50,15 @@ def verify(folder: RunFolder) -> Iterator[Finding]:
         yield Finding(f"{folder.state.name}/{name}", problem)
     if folder.done.is_file():
         yield Finding(folder.model.name, _model_problem(folder.model))
+
+
+def _start_problem(folder: RunFolder) -> str | None:
+    try:
+        start, expected = folder.start, folder.start_hash
+        check_folder(start, every_hash=True)
+    except UserError as error:
+        return error.what
+    return None if sha256(start / MANIFEST) == expected else f"{start} is not the one that the run began with"
 
 
 def _contradiction(folder: RunFolder, found: retention.Found, identity: dict[str, object] | None) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import yaml
 from PIL import Image
 
 from anchorformer.schema import to_plain
+from anchorformer.weights import MANIFEST, sha256
 from tests.train.cases import run_config
 from tests.train.ranks import Ranks
 from train.folder import RunFolder
@@ -51,26 +53,29 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def make_run(tiny_folder: Path, tiny_data: Path, tmp_path: Path) -> MakeRun:
     """Prepares a run folder as `python -m train` would: `make_run(name, trains, zero__stage=3, ...)`."""
+    return partial(write_run, tmp_path, tiny_folder, tiny_data)
 
-    def make(name: str, trains: dict[str, Any], **changes: Any) -> RunFolder:
-        model = json.loads((tiny_folder / "config.json").read_text())
-        config = run_config(
-            trains,
-            run=name,
-            model={"vision": "-", "language_model": "-", **{key: model[key] for key in ("selector", "connector")}},
-            data={
-                "root": str(tiny_data), "cache_dir": str(tiny_data / "cache"),
-                "sources": {"mix": {"_target_": "data.sources.llava.LlavaConfig", "annotations": "mix.json",
-                                    "images": "images"}},
-            },
-            output_root=str(tmp_path),
-            **{"stage__template": "chat", "stage__global_batch": 4, "stage__max_steps": 6, "hardware__micro_batch": 2,
-               "hardware__threads": 1, **changes},
-        )  # fmt: skip
-        folder = RunFolder(tmp_path / name)
-        folder.path.mkdir()
-        folder.config.write_text(yaml.safe_dump(to_plain(config)))
-        (folder.path / "start.txt").write_text(f"{tiny_folder}\n")
-        return folder
 
-    return make
+def write_run(root: Path, start: Path, data: Path, name: str, trains: dict[str, Any], **changes: Any) -> RunFolder:
+    """A run folder below `root` that ranks can be started on."""
+    model = json.loads((start / "config.json").read_text())
+    config = run_config(
+        trains,
+        run=name,
+        model={"vision": "-", "language_model": "-", **{key: model[key] for key in ("selector", "connector")}},
+        data={
+            "root": str(data), "cache_dir": str(data / "cache"),
+            "sources": {"mix": {"_target_": "data.sources.llava.LlavaConfig", "annotations": "mix.json",
+                                "images": "images"}},
+        },
+        output_root=str(root),
+        **{"stage__template": "chat", "stage__global_batch": 4, "stage__max_steps": 6, "hardware__micro_batch": 2,
+           "hardware__threads": 1, **changes},
+    )  # fmt: skip
+    folder = RunFolder(root / name)
+    folder.path.mkdir()
+    folder.write_sealed({
+        "start.txt": f"{start}\n{sha256(start / MANIFEST)}\n", "environment.json": '{"before": []}\n',
+        "config.yaml": yaml.safe_dump(to_plain(config)),
+    })  # fmt: skip
+    return folder

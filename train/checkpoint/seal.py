@@ -45,7 +45,7 @@ def seal(folder: Path, parts: Sequence[Entries]) -> None:
     if unlisted or len(files) != sum(len(part) for part in parts):
         raise AssertionError(f"files without exactly one writer: {sorted(unlisted) or 'listed twice'}")
     write_atomically(folder / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=2) + "\n")
-    write_atomically(folder / COMPLETE, sha256(folder / MANIFEST) + "\n")
+    write_atomically(folder / COMPLETE, _complete(folder).decode())
 
 
 def read(folder: Path) -> Entries:
@@ -59,7 +59,7 @@ def read(folder: Path) -> Entries:
     for name in (COMPLETE, MANIFEST):
         if not (folder / name).is_file():
             raise Broken(f"it was never completed: there is no {name}")
-    if (folder / COMPLETE).read_text().strip() != sha256(folder / MANIFEST):
+    if (folder / COMPLETE).read_bytes() != _complete(folder):
         raise Broken(f"{MANIFEST} is not the one that {COMPLETE} seals")
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
@@ -97,6 +97,10 @@ def _own_damage(folder: Path, world: World) -> str | None:
         if described["rank"] % world.size == world.rank and sha256(folder / name) != described["sha256"]:
             return f"{name} is damaged"
     return None
+
+
+def _complete(folder: Path) -> bytes:
+    return f"{sha256(folder / MANIFEST)}\n".encode()
 
 
 def _present(folder: Path) -> set[str]:
