@@ -12,6 +12,7 @@ COMMANDS = {
     "gpu-micro": "bench.gpu.micro",
     "gpu-step": "bench.gpu.step",
     "gpu-ladder": "bench.gpu.ladder",
+    "report": "bench.report",
 }
 """Each with a `main` that takes the other arguments; --help shows them."""
 

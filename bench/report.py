@@ -1,0 +1,172 @@
+"""`python -m bench report`: puts the committed results into docs/benchmarks.md, as tables and plots."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from bench.plot import MISSED, OTHER, OURS, Bar, bars
+from bench.table import ROOT, markdown, read
+
+RESULTS = ROOT / "bench" / "results"
+PAGE = ROOT / "docs" / "benchmarks.md"
+PLOTS = "plots"
+"""Folder of the plots, beside the page."""
+
+Plots = dict[str, str]
+"""File name -> SVG."""
+Sheet = Mapping[str, Any]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Rewrites the page between its markers, and the plots."""
+    argparse.ArgumentParser(prog="python -m bench report", description=__doc__).parse_args(arguments)
+    page, plots = render(PAGE.read_text(), RESULTS)
+    PAGE.write_text(page)
+    folder = PAGE.parent / PLOTS
+    folder.mkdir(exist_ok=True)
+    for path in folder.glob("*.svg"):
+        path.unlink()
+    for name, svg in plots.items():
+        (folder / name).write_text(svg)
+    print(f"{PAGE.relative_to(ROOT)} and {len(plots)} plots are up to date with {RESULTS.relative_to(ROOT)}")
+
+
+def render(page: str, results: Path) -> tuple[str, Plots]:
+    """The page with each `<!-- begin NAME -->` ... `<!-- end NAME -->` filled from `NAME.json`, and its plots."""
+    plots: Plots = {}
+
+    def fill(marker: re.Match[str]) -> str:
+        name = marker[1]
+        path = results / f"{name}.json"
+        content = _section(name, path, plots)
+        return f"<!-- begin {name} -->\n{content}\n<!-- end {name} -->"
+
+    return re.sub(r"<!-- begin (\S+) -->\n.*?<!-- end \1 -->", fill, page, flags=re.DOTALL), plots
+
+
+def _section(name: str, path: Path, plots: Plots) -> str:
+    if not path.is_file():
+        return "Not measured yet."
+    sheet = read(path)
+    parts = [_origin(sheet)]
+    for title, svg in _PLOTS[name](sheet):
+        file = f"{name}-{re.sub('[^a-z0-9]+', '-', title.lower()).strip('-')}.svg"
+        plots[file] = svg
+        parts.append(f"![{title}]({PLOTS}/{file})")
+    return "\n\n".join([*parts, *_TABLES[name](sheet)])
+
+
+def _origin(sheet: Sheet) -> str:
+    """Machine, versions, commit and command of a result, in one line."""
+    installed = ", ".join(f"{name} {version}" for name, version in sheet["versions"].items() if version)
+    card = f"{sheet['gpu']} ({sheet['gpu_memory_gb']} GB), " if sheet["gpu"] else ""
+    machine = f"{card}{sheet['cpu']}, {sheet['cores']} cores, {sheet['threads']} thread(s) of torch"
+    facts = ", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in sheet["facts"].items())
+    commit = (sheet["commit"] or "unknown")[:12]
+    made = f"`{sheet['command']}` at commit {commit}, {sheet['time']}"
+    return f"{made}; {machine}; Python {sheet['python']}, {installed}; {facts}."
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{sum(value.values()):.0f} in all"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _cpu_plots(sheet: Sheet) -> Iterator[tuple[str, str]]:
+    rows = [row for row in sheet["rows"] if row["ratio"] is not None]
+    content = [
+        Bar(
+            label=row["name"],
+            value=row["ratio"],
+            goal=row["goal_ratio"],
+            colour=MISSED if row["met"] is False else OURS,
+        )
+        for row in rows
+    ]
+    yield (
+        "How many times better than published",
+        bars("How many times better than published (ticks: goals)", "x", content, logarithmic=True),
+    )
+
+
+def _cpu_tables(sheet: Sheet) -> Iterator[str]:
+    columns = ("name", "unit", "old", "new", "ratio", "goal_ratio", "goal", "met", "equal")
+    yield markdown(sheet["rows"], columns)
+    notes = [f"- *{names}*: {note}." for note, names in _by_note(sheet["rows"])]
+    yield "\n".join(notes)
+
+
+def _by_note(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    for note, group in groupby(rows, key=lambda row: row["note"]):
+        if note:
+            yield note, "; ".join(row["name"] for row in group)
+
+
+def _ladder_plots(sheet: Sheet) -> Iterator[tuple[str, str]]:
+    for (stage, lengths), rows in _grouped(_measured(sheet), ("stage", "lengths")):
+        title = f"Stage {stage}, {lengths}: samples per second and card"
+        yield title, bars(title, "/s", [Bar(label=row["rung"], value=row["samples_s"]) for row in rows])
+
+
+def _step_plots(sheet: Sheet) -> Iterator[tuple[str, str]]:
+    steps = [row for row in _measured(sheet) if row["what"] == "training step"]
+    for column, what, unit in (("samples_s", "samples per second", "/s"), ("peak_gb", "peak memory", " GB")):
+        for (stage,), rows in _grouped(steps, ("stage",)):
+            content = [
+                Bar(
+                    label=f"{row['connector']}, {row['tiles']} tile(s), batch {row['batch']}, {row['variant']}",
+                    value=row[column], colour=OURS if row["variant"] == "ours" else OTHER,
+                )
+                for row in rows
+                if row[column] is not None
+            ]  # fmt: skip
+            if content:
+                title = f"Stage {stage}: {what}"
+                yield title, bars(title, unit, content)
+
+
+def _no_plots(sheet: Sheet) -> Iterator[tuple[str, str]]:
+    return iter(())
+
+
+def _gpu_tables(sheet: Sheet) -> Iterator[str]:
+    """One table per kind of row, without columns that say nothing; what was left out is named."""
+    for (what,), rows in _grouped(_measured(sheet), ("what",)):
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        columns = [name for name in names if name != "what" and any(row.get(name) is not None for row in rows)]
+        yield f"**{what}**\n\n{markdown(rows, columns)}"
+    left_out = [row for row in sheet["rows"] if row.get("left_out")]
+    if left_out:
+        yield "Left out:\n\n" + "\n".join(f"- {_labels(row)}: {row['left_out']}" for row in left_out)
+
+
+def _measured(sheet: Sheet) -> list[dict[str, Any]]:
+    return [row for row in sheet["rows"] if not row.get("left_out")]
+
+
+def _labels(row: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in row.items() if value is not None and name != "left_out")
+
+
+def _grouped(
+    rows: Sequence[dict[str, Any]], names: Sequence[str]
+) -> Iterator[tuple[tuple[Any, ...], list[dict[str, Any]]]]:
+    """Rows by the values of these columns, in the order in which they first appear."""
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[name] for name in names), []).append(row)
+    yield from found.items()
+
+
+_PLOTS: dict[str, Callable[[Sheet], Iterator[tuple[str, str]]]] = {
+    "cpu": _cpu_plots, "gpu-micro": _no_plots, "gpu-step": _step_plots, "gpu-ladder": _ladder_plots,
+}  # fmt: skip
+_TABLES: dict[str, Callable[[Sheet], Iterator[str]]] = {
+    "cpu": _cpu_tables, "gpu-micro": _gpu_tables, "gpu-step": _gpu_tables, "gpu-ladder": _gpu_tables,
+}  # fmt: skip
