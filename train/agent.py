@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -24,7 +25,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher import api as launcher
 from torch.distributed.run import parse_args, run
 
-from train import interrupt
+from train import interrupt, lock
 from train.black_box import first_to_fail
 from train.folder import RunFolder
 
@@ -75,6 +76,12 @@ class Agent(LocalElasticAgent):
                 _explain(self._folder, {rank: failure.exitcode for rank, failure in result.failures.items()})
                 print(f"all ranks are started again; {self._remaining_restarts - 1} restart(s) left", file=sys.stderr)
         return result
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+        # torchrun reads the variable from 2.12 on, and not where it starts ranks again.
+        if self._pcontext:
+            self._pcontext.close(death_sig, int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", timeout)))
+        super()._shutdown(death_sig)
 
     def _leave_if_stuck(self) -> None:
         """A node that is cut off waits for a store that it cannot reach any more, with its ranks long gone."""
@@ -127,4 +134,8 @@ def _hush(folder: RunFolder) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    finally:
+        # Taken by the launcher, whose process this one was before.
+        lock.release(Path(sys.argv[-1]))

@@ -124,7 +124,7 @@ def command(folder: Path, config: RunConfig, topology: Topology) -> list[str]:
         ]  # fmt: skip
     return [
         sys.executable, "-m", "train.agent", *where, f"--nproc-per-node={hardware.ranks}",
-        f"--max-restarts={hardware.max_restarts}", f"--shutdown-timeout={config.watchdog.shutdown_seconds}",
+        f"--max-restarts={hardware.max_restarts}",
         f"--signals-to-handle={','.join(number.name for number in FORWARDED)}", "-m", "train.rank", str(folder),
     ]  # fmt: skip
 
@@ -140,6 +140,7 @@ def environment(config: RunConfig, inherited: Mapping[str, str]) -> dict[str, st
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), inherited.get("PATH", os.defpath)])
     # A store shared with the agent still holds a dead attempt's addresses after a restart.
     env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(config.watchdog.shutdown_seconds)
     if config.hardware.device is Device.cpu or (config.hardware.device is Device.auto and _num_cuda_devices() == 0):
         env["DS_ACCELERATOR"] = "cpu"
     defaults = {
