@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from tests.train.conftest import make_run, tiny_data  # noqa: F401 (fixtures)
+from train.checkpoint import damage
 from train.compose import ROOT
+from train.distributed import alone
 from train.folder import RunFolder
 from train.start import Topology, command, environment
 
@@ -66,10 +68,39 @@ class Launched:
 Launch = Callable[..., Launched]
 
 
+def steps_saved(folder: RunFolder) -> list[int]:
+    """Steps of the checkpoints that are there, each of them complete."""
+    found = sorted(folder.state.glob("step-*"))
+    assert [damage(path, alone()) for path in found] == [None] * len(found)
+    return [int(path.name.removeprefix("step-")) for path in found]
+
+
 @pytest.fixture
-def launch() -> Iterator[Launch]:
-    """`launch(folder, fault, rank, step)`: two processes or more, all gone when the test ends."""
+def ended() -> Iterator[Callable[[Launched], Launched]]:
+    """Takes what a test has launched, and proves at its end that no process of it is left."""
     all_launched: list[Launched] = []
+
+    def add(launched: Launched) -> Launched:
+        all_launched.append(launched)
+        return launched
+
+    yield add
+    for launched in all_launched:
+        if launched.process.poll() is None:
+            launched.process.kill()
+            launched.process.wait()
+    left: set[int] = set()
+    deadline = time.monotonic() + 10
+    while (left := {pid for launched in all_launched for pid in launched.processes()}) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left, "a rank or one of its helpers has outlived its agent"
+
+
+@pytest.fixture
+def launch(ended: Callable[[Launched], Launched]) -> Launch:
+    """`launch(folder, fault, rank, step)` starts a run's ranks on this machine, under the real agent."""
 
     def start(folder: RunFolder, fault: str = "none", rank: int = 1, step: int = 0) -> Launched:
         config = folder.read_config()
@@ -80,17 +111,6 @@ def launch() -> Iterator[Launch]:
             argv, cwd=ROOT, env=environment(config, os.environ), text=True, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )  # fmt: skip
-        all_launched.append(Launched(folder, process))
-        return all_launched[-1]
+        return ended(Launched(folder, process))
 
-    yield start
-    for launched in all_launched:
-        if launched.process.poll() is None:
-            launched.process.kill()
-            launched.process.wait()
-        deadline = time.monotonic() + 10
-        while (left := launched.processes()) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        for pid in left:
-            os.kill(pid, signal.SIGKILL)
-        assert not left, "a rank or one of its helpers has outlived its agent"
+    return start

@@ -14,11 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.faults.conftest import Launch
+from tests.faults.conftest import Launch, steps_saved
 from tests.train.cases import FINETUNE
-from train.checkpoint import damage
 from train.compose import ROOT
-from train.distributed import alone
 from train.folder import RunFolder
 
 pytestmark = pytest.mark.faults
@@ -43,13 +41,6 @@ def record(folder: RunFolder) -> list[dict[str, Any]]:
 def box(folder: RunFolder, rank: int) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((folder.black_boxes / f"rank_{rank}.json").read_text())
     return content
-
-
-def steps_saved(folder: RunFolder) -> list[int]:
-    """Steps of the checkpoints that are there, each of them complete."""
-    found = sorted(folder.state.glob("step-*"))
-    assert [damage(path, alone()) for path in found] == [None] * len(found)
-    return [int(path.name.removeprefix("step-")) for path in found]
 
 
 @pytest.mark.parametrize("zero", [2, 3])
@@ -125,17 +116,14 @@ def test_one_rank_that_is_told_to_stop_stops_all(make_run: MakeRun, launch: Laun
     assert run.interrupted.exists()
 
 
-def with_watchdog(run: RunFolder, step_seconds: float) -> RunFolder:
-    config = yaml.safe_load(run.config.read_text())
-    config["watchdog"] |= {"step_seconds": step_seconds, "startup_seconds": 90.0}
-    run.config.write_text(yaml.safe_dump(config))
-    return run
+def watchdog(step_seconds: float) -> dict[str, float]:
+    return {"watchdog__step_seconds": step_seconds, "watchdog__startup_seconds": 90.0}
 
 
 @pytest.mark.parametrize("fault", ["stopped", "asleep"])
 def test_a_hang_is_explained(make_run: MakeRun, launch: Launch, fault: str) -> None:
     allowed = 5.0
-    run = with_watchdog(make_run(fault, FINETUNE, **PAIR), allowed)
+    run = make_run(fault, FINETUNE, **PAIR, **watchdog(allowed))
     started = launch(run, fault, rank=1, step=7)
     started.wait_for_step(6)
     began = time.monotonic()
@@ -159,7 +147,7 @@ def test_a_hang_is_explained(make_run: MakeRun, launch: Launch, fault: str) -> N
 
 
 def test_a_hang_is_recovered_from(make_run: MakeRun, launch: Launch) -> None:
-    run = with_watchdog(make_run("woken", FINETUNE, **PAIR, hardware__max_restarts=1), 5.0)
+    run = make_run("woken", FINETUNE, **PAIR, **watchdog(5.0), hardware__max_restarts=1)
     output = launch(run, "asleep", rank=1, step=7).ends_with(0)
     assert "all ranks are started again" in output
     assert len(record(run)) == 12
