@@ -114,7 +114,8 @@ def first_to_fail(folder: RunFolder, exit_codes: Mapping[int, int]) -> tuple[int
         box = (causes or boxes)[0]
         report = Report.parse({name: box[name] for name in Report.__dataclass_fields__})
         first_line = next(iter(box["message"].splitlines()), "no message")
-        return report.rank, f"{report}: {box['cause']}: {first_line}"
+        who = f"rank {report.rank}" if box["cause"] == HUNG else str(report)
+        return report.rank, f"{who}: {box['cause']}: {first_line}"
     rank, code = next(iter(exit_codes.items()))
     return rank, f"rank {rank}: ended with {code} before it could say why"
 

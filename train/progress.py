@@ -172,4 +172,8 @@ def who_is_behind(reports: Sequence[Report], size: int, silent_after: float) -> 
         return f"stopped or dead: {ago}"
     places = [(report.step, ORDER[report.phase], report.is_waiting) for report in reports]
     behind = [report for report, place in zip(reports, places, strict=True) if place == min(places) != max(places)]
-    return f"behind: {'; '.join(map(str, behind))}" if behind else "no rank is behind: all do the same"
+    if behind:
+        return f"behind: {'; '.join(map(str, behind))}"
+    if all(report.is_waiting for report in reports):
+        return f"no rank is behind, all wait in a collective: look at the network between them; {reports[0]}"
+    return f"no rank is behind, all do the same: {reports[0]}"

@@ -88,9 +88,11 @@ class Watchdog:
             behind = who_is_behind(reports, self._size, silent_after=3 * self._period + 1)
             allowed = budget(self._config, place)
             message = f"{behind} (no progress for {place.seconds:.1f} s, the watchdog allows {allowed:g} s here)"
+            log.critical("%s; all ranks:\n%s", message, "\n".join(map(str, reports)))
             stacks = stacks_of_all_threads()
-            log.critical("%s\nall ranks:\n%s\nthis rank:\n%s", message, "\n".join(map(str, reports)), stacks)
+            self._stacks.write(stacks)
             self._box.write(HUNG, message, stacks)
+            self._stacks.flush()
             logging.shutdown()
         finally:
             # Whatever goes wrong with the description, a run that hangs has to end.
@@ -103,10 +105,10 @@ def budget(config: WatchdogConfig, place: Place) -> float:
 
 
 def stacks_of_all_threads() -> str:
-    """Where every thread of this process is, as tracebacks."""
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
-    parts = [
-        f"{names.get(ident, 'thread')}:\n{''.join(traceback.format_stack(frame))}"
-        for ident, frame in sys._current_frames().items()
-    ]
-    return "\n".join(parts)
+    """Where every thread of this process is, as tracebacks, the main thread first; but for the one that asks."""
+    frames = sys._current_frames()
+    return "\n".join(
+        f"{thread.name}:\n{''.join(traceback.format_stack(frames[thread.ident]))}"
+        for thread in sorted(threading.enumerate(), key=lambda thread: thread is not threading.main_thread())
+        if thread.ident in frames and thread is not threading.current_thread()
+    )

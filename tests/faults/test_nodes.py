@@ -136,6 +136,8 @@ def test_a_cut_link_ends_both_nodes(make_run: MakeRun, on_two_addresses: Nodes, 
     left = time.monotonic() - cut
     boxes = [json.loads(path.read_text()) for path in run.black_boxes.glob("rank_*.json")]
     assert [box["cause"] for box in boxes] == ["hung", "hung"]
+    assert all("look at the network between them" in box["message"] for box in boxes)
+    assert "its agent cannot reach the others: it leaves" in outputs[1], "by itself it would wait for ever"
     assert all(any("torch/distributed" in line for line in box["stacks"]) for box in boxes)
     assert noticed < 60
     assert left < 90, outputs
