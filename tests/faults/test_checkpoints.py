@@ -18,14 +18,16 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
+import train.__main__ as entry
 from anchorformer.errors import UserError
+from anchorformer.weights import write_manifest
 from tests.train.cases import ALIGN, FINETUNE
 from tests.train.conftest import pair  # noqa: F401 (a fixture)
 from tests.train.ranks import Ranks, RanksFailed
 from tests.train.test_resume import record, run_until
 from tests.train.tiny_world import write_world
 from train.checkpoint import damage, fit, retention
-from train.compose import ROOT
+from train.compose import ROOT, compose
 from train.distributed import World, alone
 from train.engine import whole
 from train.engine.files import Files
@@ -130,9 +132,9 @@ def small_disk(place: Path, options: str) -> Iterator[None]:
 
 def test_a_disk_that_is_too_small_is_told_before_the_first_step(make_run: MakeRun) -> None:
     run = make_run("small", ALIGN)
-    with small_disk(run.state, "size=1m"), pytest.raises(UserError, match="there is no room") as caught:
+    with small_disk(run.state, "size=200k"), pytest.raises(UserError, match="there is no room") as caught:
         run_until(alone(), str(run.path))
-    assert caught.value.found == "1.0 MB free"
+    assert caught.value.found == "0.2 MB free"
     assert caught.value.expected.endswith("MB needed")
     assert not run.metrics.exists()
 
@@ -147,8 +149,6 @@ def test_a_read_only_disk_is_told_before_the_first_step(make_run: MakeRun, tmp_p
 
 
 def test_a_read_only_output_folder_is_told_by_the_launcher(tmp_path: Path, tiny_backbones: Path) -> None:
-    from train.compose import compose
-
     words = [*write_world(tmp_path, tiny_backbones), "run=locked"]
     with small_disk(tmp_path / "checkpoints", "size=50m"):
         prepare(compose(words), [])
@@ -224,20 +224,11 @@ def test_a_rehearsal_fails_where_the_run_would(
     tmp_path: Path, tiny_backbones: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A generation config that transformers would refuse to save months later, behind the last step."""
-    import train.__main__ as entry
-
-    words = [*write_world(tmp_path, tiny_backbones), "run=first", "rehearse=true"]
+    words = [*write_world(tmp_path, tiny_backbones), "run=first"]
+    start = prepare(compose(words), []).start
+    path = start / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"temperature": 0.5}))
+    write_manifest(start)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("ranks would have been started"))
-    from anchorformer import assemble
-
-    build = assemble.GenerationConfig.from_model_config
-
-    def invalid(config: Any) -> Any:
-        made = build(config)
-        made.temperature = 0.5
-        made.save_pretrained = lambda folder: made.to_json_file(Path(folder) / "generation_config.json")
-        return made
-
-    monkeypatch.setattr(assemble.GenerationConfig, "from_model_config", invalid)
     with pytest.raises(UserError, match=r"generation_config\.json is not valid"):
-        entry.main(words)
+        entry.main([*words, "rehearse=true"])

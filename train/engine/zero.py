@@ -47,6 +47,8 @@ class ZeroEngine(Engine):
         self._files = Files()
         self._deepspeed.checkpoint_engine.save = self._files.save
         self._deepspeed.checkpoint_engine.load = self._files.load
+        # DeepSpeed would leave programs beside the checkpoints, which unpickle whatever lies there.
+        self._deepspeed._copy_recovery_script = lambda _: None
         self.model = self._deepspeed.module
         self._stage = config.zero.stage
         self._partition = Partition(self._deepspeed, self._stage, world.rank)
