@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,9 +19,11 @@ from anchorformer.errors import UserError
 from tests.train.cases import ALIGN, FINETUNE, run_config
 from tests.train.ranks import Ranks
 from train import rank, trainer
+from train.compose import ROOT
 from train.distributed import World, alone
 from train.folder import RunFolder
 from train.repro import naming_what_is_not_deterministic, set_determinism
+from train.start import Topology, command, environment
 
 MakeRun = Callable[..., RunFolder]
 
@@ -45,6 +49,26 @@ def test_two_strict_runs_leave_the_same_bytes(pair: Ranks, make_run: MakeRun) ->
     weights = [{path.name: path.read_bytes() for path in run.model.glob("*.safetensors")} for run in runs]
     assert weights[0] == weights[1]
     assert len(weights[0]) >= 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_two_strict_runs_on_cuda_leave_the_same_bytes(make_run: MakeRun, precision: str) -> None:
+    """Each in a process of its own: cuBLAS reads its workspace once."""
+    runs = [
+        make_run(name, FINETUNE, repro="strict", hardware__device="cuda", hardware__precision=precision)
+        for name in ("one", "other")
+    ]
+    for run in runs:
+        argv = command(run.path, run.read_config(), Topology())
+        done = subprocess.run(
+            argv, cwd=ROOT, env=environment(run.read_config(), os.environ), capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    one, other = ([{**json.loads(line), "time": {}} for line in run.metrics.read_text().splitlines()] for run in runs)
+    assert json.dumps(one) == json.dumps(other)
+    weights = [{path.name: path.read_bytes() for path in run.model.glob("*.safetensors")} for run in runs]
+    assert weights[0] == weights[1]
 
 
 def test_strict_asks_for_it_on_cuda_too(monkeypatch: pytest.MonkeyPatch) -> None:

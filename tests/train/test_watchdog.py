@@ -197,6 +197,25 @@ def test_a_rank_that_is_always_slower_is_named() -> None:
     assert not any(Lag().observe((0.6,), 1.0) for _ in range(50))
 
 
+@pytest.mark.gpu
+def test_the_forward_passes_are_measured_on_the_device_without_waiting() -> None:
+    device = torch.device("cuda")
+    model = torch.nn.Linear(8192, 8192, device=device)
+    tokens = torch.zeros(8192, 8192, device=device)
+    model(tokens)
+    watch = Stopwatch(model, device)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        began = time.perf_counter()
+        for _ in range(20):
+            model(tokens)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    assert 0.5 * (time.perf_counter() - began) < watch.take() < time.perf_counter() - began
+
+
 def test_the_forward_passes_are_measured() -> None:
     model = torch.nn.Linear(2, 2)
     model.register_forward_hook(lambda *_: time.sleep(0.02))
