@@ -116,6 +116,19 @@ def test_one_rank_that_is_told_to_stop_stops_all(make_run: MakeRun, launch: Laun
     assert run.interrupted.exists()
 
 
+def test_a_killed_agent_takes_its_ranks_with_it(make_run: MakeRun, launch: Launch) -> None:
+    run = make_run("orphans", FINETUNE, **{**PAIR, "stage__max_steps": 4000, "checkpoint__every": 2000})
+    started = launch(run)
+    started.wait_for_step(5)
+    started.process.kill()
+    deadline = time.monotonic() + 30
+    while started.processes() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert started.processes() == []
+    assert run.interrupted.exists()
+    assert steps_saved(run) == [len(record(run))]
+
+
 def watchdog(step_seconds: float) -> dict[str, float]:
     return {"watchdog__step_seconds": step_seconds, "watchdog__startup_seconds": 90.0}
 
