@@ -59,7 +59,7 @@ def _shape(ours: AnchorFormerConnector, media: Tensor, anchors: int, size: Size)
         where = f"connector, {name}, N={media.shape[1]}, B={media.shape[0]}, bf16"
         note = (
             f"equal: output and all gradients in fp32 to {EXACT:g} of fp64 (output "
-            f"{error(in_fp32[name][0], reference[0]):.0e}) or, as in bf16, at most twice as far from it as the published"
+            f"{error(in_fp32[name][0], reference[0]):.0e}) or, as in bf16, at most twice as far from it as published"
         )
         yield Row(
             name=f"{where}: saved bytes", unit="MB", old=saved["published"] / 1e6, new=saved[name] / 1e6, equal=equal,
