@@ -114,7 +114,7 @@ class ImageTransform:
             UserError: the image or its square is larger than MAX_PIXELS.
         """
         _check_size(image.size, getattr(image, "filename", "") or "an image", MAX_PIXELS)
-        rgb = image.convert("RGB")
+        rgb = image if image.mode == "RGB" else image.convert("RGB")  # which would copy
         width, height = rgb.size
         side = max(width, height)
         if width > height:
