@@ -87,7 +87,7 @@ class Sampler:
         missing, epoch, digest = steps * self.global_batch, 0, hashlib.sha256()
         while missing > 0:
             part = self._order(seed, epoch)[:missing]
-            digest.update(np.ascontiguousarray(part, "<i8"))
+            digest.update(part.astype("<i8").tobytes())
             missing, epoch = missing - len(part), epoch + 1
         return digest.hexdigest()
 

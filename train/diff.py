@@ -10,11 +10,9 @@ from typing import Any
 
 from anchorformer.schema import to_plain
 from train.folder import RunFolder
-from train.identity import MEANING, differences
+from train.identity import MEANING, differences, numbers
 from train.metrics import read_lines
 
-NAMES = ("run", "output_root", "resume")
-"""Keys of the config that two runs always differ in, or that say only how one was started."""
 OF_AN_ATTEMPT = ("command", "started", "before", "host", "variables.JOB_ID", "variables.SLURM_")
 """Beginnings of what every start has of its own."""
 
@@ -41,13 +39,14 @@ def compare(one: RunFolder, other: RunFolder) -> Iterator[Difference]:
     Raises:
         UserError: one of them is not a run folder.
     """
-    for key, a, b in differences(to_plain(one.read_config()), to_plain(other.read_config())):
-        yield Difference("config", key, a, b, is_of_numbers=key not in NAMES)
+    config, others = one.read_config(), other.read_config()
+    of_numbers = {key for key, _, _ in differences(numbers(config), numbers(others))}
+    for key, a, b in differences(to_plain(config), to_plain(others)):
+        yield Difference("config", key, a, b, is_of_numbers=key in of_numbers)
     for key, a, b in differences(_read(one, "environment.json"), _read(other, "environment.json")):
         if not key.startswith(OF_AN_ATTEMPT):
             yield Difference("environment", key, a, b, is_of_numbers=False)
-    identities = [_read(run, "identity.json") for run in (one, other)]
-    for key, a, b in differences(*identities):
+    for key, a, b in differences(_read(one, "identity.json"), _read(other, "identity.json")):
         # Versions are told with the environment; the configuration with its values.
         if not key.startswith(("versions", "config", "code")):
             yield Difference("identity", MEANING.get(key, key), a, b)
@@ -61,7 +60,7 @@ def _records(one: RunFolder, other: RunFolder) -> Iterator[Difference]:
         yield Difference("metrics", "last step", max(lines[0], default=0), max(lines[1], default=0))
     common = sorted(lines[0].keys() & lines[1].keys())
     parted = [step for step in common if lines[0][step] != lines[1][step]]
-    for key, a, b in differences(*(line[parted[0]] for line in lines)) if parted else ():
+    for key, a, b in differences(lines[0][parted[0]], lines[1][parted[0]]) if parted else ():
         yield Difference(f"metrics, step {parted[0]} (the first of {len(parted)} that differ)", key, a, b)
     gaps = {step: abs(lines[0][step]["loss"] - lines[1][step]["loss"]) for step in common}
     widest = max(gaps, key=lambda step: gaps[step] if not math.isnan(gaps[step]) else math.inf, default=0)

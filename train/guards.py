@@ -11,7 +11,7 @@ from train.config import Part
 from train.distributed import World
 from train.engine import Engine
 from train.facts import StepFacts
-from train.fingerprint import fingerprint
+from train.fingerprint import Print, fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class FrozenGuard:
         self.is_proven = False
 
     @property
-    def frozen(self) -> dict[str, int]:
+    def frozen(self) -> dict[str, Print]:
         """Fingerprints of the frozen parameters."""
         return {name: value for name, value in self.before.items() if name not in self._trained}
 

@@ -8,13 +8,13 @@ import math
 import os
 from typing import TYPE_CHECKING
 
-from anchorformer.errors import UserError
 from train import checkpoint
 from train.checkpoint import TrainerState
-from train.checkpoint.room import bytes_of, lack_of_room
+from train.checkpoint.room import bytes_of, check_room
 from train.fingerprint import fingerprint
 from train.identity import Identity, check_ranks_agree, check_same_run
 from train.optim import full_shape
+from train.progress import Phase
 from train.writing import together
 
 if TYPE_CHECKING:
@@ -38,15 +38,12 @@ def before_first_step(run: Run) -> None:
     if run.resumed:
         check_same_run(run.resumed.identity, run.identity, f"the checkpoint of step {run.first}")
     _probe(run)
-    problem: UserError | None = None
-    if world.is_main:
-        try:
+    with together(world, run.folder.path):
+        if world.is_main:
             _check_record(run)
-            problem = _lack_of_room(run)
-        except UserError as error:
-            problem = error
-    world.settle(problem)
+            _check_room(run)
     if run.resumed is None:
+        run.progress.enter(Phase.save)
         frozen = {name for name, value in run.engine.model.named_parameters() if not value.requires_grad}
         prints = fingerprint({name: piece for name, piece in run.engine.values().items() if name in frozen})
         state = TrainerState(0, run.steps.state_dict(), run.identity)
@@ -79,7 +76,7 @@ def _check_record(run: Run) -> None:
         checkpoint.check_metrics(position, folder)
 
 
-def _lack_of_room(run: Run) -> UserError | None:
+def _check_room(run: Run) -> None:
     """Room for all checkpoints that will lie there at one time, and for the trained model."""
     config, root = run.config.checkpoint, run.folder.state
     saves = 1 if config.every is None else math.ceil((run.total_steps - run.first) / config.every)
@@ -89,4 +86,4 @@ def _lack_of_room(run: Run) -> UserError | None:
     model = sum(math.prod(full_shape(value)) * value.element_size() for value in trained)
     there = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
     needed = max(0, most * bytes_of(root, run.engine) - there) + model
-    return lack_of_room(root, needed, f"{most} checkpoint(s) and the trained model")
+    check_room(root, needed, f"{most} checkpoint(s) and the trained model")

@@ -141,6 +141,8 @@ def environment(config: RunConfig, inherited: Mapping[str, str]) -> dict[str, st
     # A store shared with the agent still holds a dead attempt's addresses after a restart.
     env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(config.watchdog.shutdown_seconds)
+    # Whoever reads a file with torch in a rank, DeepSpeed among them, gets tensors and no programs.
+    env["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     if config.hardware.device is Device.cpu or (config.hardware.device is Device.auto and _num_cuda_devices() == 0):
         env["DS_ACCELERATOR"] = "cpu"
     defaults = {

@@ -1,4 +1,4 @@
-"""Writing to disk that fails on all ranks or on none, in words that name the place and the room it has."""
+"""Work of one rank that fails on all of them or on none; what a disk refuses, in words that name place and room."""
 
 from __future__ import annotations
 
@@ -15,16 +15,21 @@ from train.distributed import World
 
 @contextmanager
 def together(world: World, path: Path) -> Iterator[None]:
-    """A block that every rank enters; where the disk refuses what one of them writes in it, all of them raise.
+    """A block that every rank enters; where it fails for one of them, all of them raise.
 
     A rank that left alone would keep the others waiting in their next collective.
 
+    Args:
+        path: what is written in it.
+
     Raises:
-        UserError: what `cannot_write` says.
+        UserError: the one that was raised, or `cannot_write` where the disk has refused something.
     """
     problem: UserError | None = None
     try:
         yield
+    except UserError as error:
+        problem = error
     except (OSError, SafetensorError) as error:
         problem = cannot_write(path, error)
     world.settle(problem)

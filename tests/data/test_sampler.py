@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -105,6 +107,21 @@ def test_a_step_of_lognormal_lengths_is_nearly_even() -> None:
 def test_the_neediest_rank_decides_how_many_micro_batches() -> None:
     # Rank 0's 1000 + 10 exceed the budget; rank 1's 500 + 500 would fit, but it has to take two turns as well.
     assert plan_step([1000, 500, 500, 10], 2, 2, token_budget=1000) == [[[0], [3]], [[1], [2]]]
+
+
+def test_the_order_is_named_by_a_hash() -> None:
+    """Of every step's records, over the ends of epochs."""
+
+    def walked(batch: int, seed: int, steps: int) -> str:
+        walk, state, numbers = _sampler(10, batch), SamplerState(seed), []
+        for _ in range(steps):
+            numbers.append(walk.batch(state))
+            state = walk.after(state)
+        return hashlib.sha256(np.concatenate(numbers).astype("<i8").tobytes()).hexdigest()
+
+    for case in ((4, 1, 1), (4, 1, 6), (10, 1, 2), (4, 2, 6)):
+        assert _sampler(10, case[0]).digest(*case[1:]) == walked(*case)
+    assert len({walked(4, 1, 1), walked(4, 1, 6), walked(4, 2, 6)}) == 3
 
 
 def test_impossible_plans_are_refused() -> None:

@@ -98,9 +98,12 @@ def test_resuming_needs_the_same_numbers(world: list[str], started: list) -> Non
     launch([*world, "run=one"])
     folder = RunFolder(started[0][0])
     folder.write_halted(3, "a loss was not finite")
-    launch([*world, "run=one", "resume=auto", "log.every=1"])
+    launch([*world, "run=one", "resume=auto", "log.every=1", "hardware.ranks=1", "zero=zero3"])
     assert folder.read_config().resume == "auto"
     assert folder.read_config().log.every == 1
+    assert folder.read_config().world_size == 1, "how a step is cut may change"
+    attempts = json.loads((folder.path / "environment.json").read_text())
+    assert len(attempts["before"]) == 1, "what an attempt ran with is kept"
     assert not folder.halted.exists()
     with pytest.raises(UserError, match="another config") as caught:
         launch([*world, "run=one", "resume=auto", "seed=4", "stage.trains.connector.lr=1e-5"])
@@ -227,6 +230,7 @@ def test_environment_of_the_ranks(tmp_path: Path) -> None:
     assert env["OMP_NUM_THREADS"] == "3"
     assert env["DS_ACCELERATOR"] == "cpu"
     assert env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+    assert env["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] == "1"
     assert env["WANDB_MODE"] == "online", "what the user says stays"
     assert str(ROOT) in env["PYTHONPATH"].split(os.pathsep)
     assert "DS_ACCELERATOR" not in starting.environment(compose(["stage=align", "data.root=/data"]), outer)

@@ -10,7 +10,7 @@ from anchorformer.errors import UserError
 from anchorformer.weights import sha256
 from train.checkpoint import seal
 from train.checkpoint.retention import TEMPORARY, UNIVERSAL
-from train.checkpoint.room import lack_of_room
+from train.checkpoint.room import check_room
 from train.distributed import alone
 from train.engine.saved import Saved
 from train.engine.universal import convert
@@ -53,9 +53,7 @@ def ensure(position: Path) -> Path:
         return converted(position)
     # What is cut out of the files, and what is put together from it.
     size = sum(described["bytes"] for described in seal.read(position).values())
-    problem = lack_of_room(position.parent, 2 * size, f"the conversion of {position.name}")
-    if problem is not None:
-        raise problem
+    check_room(position.parent, 2 * size, f"the conversion of {position.name}")
     log.info("converting %s, for any number of ranks", position)
     partial = position.with_name(f"{TEMPORARY}{position.name}-universal")
     for rest in (final, partial):

@@ -27,12 +27,16 @@ def bytes_of(root: Path, engine: Engine) -> int:
     return round(SPARE * sum(math.prod(full_shape(value)) * size for value, size in zip(trained, own, strict=True)))
 
 
-def lack_of_room(root: Path, needed: int, what: str) -> UserError | None:
-    """The mistake that there is too little room below `root`, if there is."""
+def check_room(root: Path, needed: int, what: str) -> None:
+    """Compares bytes that will be needed below `root` with those that are free.
+
+    Raises:
+        UserError: there are fewer.
+    """
     free = shutil.disk_usage(root).free
     if free >= needed:
-        return None
-    return UserError(
+        return
+    raise UserError(
         f"there is no room for {what} in {root}", found=f"{_size(free)} free", expected=f"{_size(needed)} needed",
         remedy="free disk space, lower checkpoint.keep, or set another output_root; then start again with resume=auto",
     )  # fmt: skip

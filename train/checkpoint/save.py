@@ -10,7 +10,7 @@ from pathlib import Path
 from anchorformer.errors import UserError
 from train.checkpoint import retention, seal, state
 from train.checkpoint.resume import PRINTS, prove
-from train.checkpoint.room import bytes_of, lack_of_room
+from train.checkpoint.room import bytes_of, check_room
 from train.checkpoint.state import TrainerState
 from train.distributed import World
 from train.engine import Engine
@@ -37,21 +37,21 @@ def save(
     """
     root = folder.state
     name = f"step-{trainer.step:08d}"
-    problem: UserError | None = None
-    if world.is_main:
-        retention.sweep(root)
-        problem = lack_of_room(root, bytes_of(root, engine), "a checkpoint")
-    world.settle(problem)
+    with together(world, root):
+        if world.is_main:
+            root.mkdir(parents=True, exist_ok=True)
+            retention.sweep(root)
+            check_room(root, bytes_of(root, engine), "a checkpoint")
     partial = root / f".tmp-{name}"
     _write(partial, folder, engine, world, trainer, frozen)
     final = root / name
-    if world.is_main:
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        sync_folder(root)
-        write_atomically(root / retention.LATEST, name + "\n")
-        retention.prune(root, keep, final)
-    world.barrier()
+    with together(world, root):
+        if world.is_main:
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            sync_folder(root)
+            write_atomically(root / retention.LATEST, name + "\n")
+            retention.prune(root, keep, final)
     return final
 
 
@@ -66,9 +66,9 @@ def rehearse(folder: RunFolder, engine: Engine, world: World, trainer: TrainerSt
     Raises:
         UserError: it cannot be written, or what is read is not what was written.
     """
-    if world.is_main:
-        retention.sweep(folder.state)
-    world.barrier()
+    with together(world, folder.state):
+        if world.is_main:
+            retention.sweep(folder.state)
     partial = folder.state / REHEARSAL
     _write(partial, folder, engine, world, trainer, frozen)
     problem = seal.damage(partial, world)
