@@ -166,7 +166,9 @@ def _grouped(
 
 _PLOTS: dict[str, Callable[[Sheet], Iterator[tuple[str, str]]]] = {
     "cpu": _cpu_plots, "gpu-micro": _no_plots, "gpu-step": _step_plots, "gpu-ladder": _ladder_plots,
+    "gpu-ladder-align": _ladder_plots,
 }  # fmt: skip
 _TABLES: dict[str, Callable[[Sheet], Iterator[str]]] = {
     "cpu": _cpu_tables, "gpu-micro": _gpu_tables, "gpu-step": _gpu_tables, "gpu-ladder": _gpu_tables,
+    "gpu-ladder-align": _gpu_tables,
 }  # fmt: skip
