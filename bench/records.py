@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import random
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anchorformer.schema import parse
 from bench.lengths import real
-from bench.runner import Row, Size, resident
+from bench.runner import Row, Size, in_fresh_process, resident
 from data.config import DataConfig
 from data.mixture import Mixture
 
@@ -40,8 +38,7 @@ def rows(size: Size) -> Iterator[Row]:
         begun = time.monotonic()
         Mixture(_config(root), WordCounter())
         first = time.monotonic() - begun
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-            opened = fresh.submit(_open, root).result()
+        opened = in_fresh_process(_open, root)
     where = f"{COUNT:,} records of a {megabytes:.0f} MB file, opened again"
     note = (
         f"a new process, everything on disk; the first time took {first:.0f} s (wall, words counted, not tokens); "

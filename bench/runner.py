@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import multiprocessing
+import os
 import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 Result = TypeVar("Result")
+Arguments = ParamSpec("Arguments")
 
-_LIBC = ctypes.CDLL("libc.so.6")
-_M_MMAP_THRESHOLD = -3
-_LARGEST_MMAP_THRESHOLD = 32 << 20
-"""Where glibc's own threshold ends up in a process that has freed large tensors."""
+_MMAP_THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
+"""Read by glibc when a process starts: bytes from which a block of memory gets a mapping of its own."""
 
 
 class Size(str, Enum):
@@ -111,23 +113,33 @@ def cpu_seconds(calls: dict[str, Callable[[], object]], repeats: int, *, warm_up
 def peak_bytes(call: Callable[[], object], repeats: int = 2) -> int:
     """Most resident memory during the call beyond what was there before it, the least of `repeats` calls.
 
-    Read from the kernel (VmHWM, reset through clear_refs) in steps of a page. Freed heap is given back first, and
-    meanwhile every large tensor gets a mapping of its own: in a heap with holes the same call takes more or less by
-    chance. The first call also fills caches that later ones find.
+    Read from the kernel (VmHWM, reset through clear_refs) in steps of a page. The first call also fills caches that
+    later ones find. Exact `in_fresh_process`; elsewhere holes in the heap, left by earlier work, add to it by chance.
     """
     least = sys.maxsize
-    _LIBC.mallopt(_M_MMAP_THRESHOLD, 1 << 16)
-    try:
-        for _ in range(repeats):
-            gc.collect()
-            _LIBC.malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")
-            before = resident("VmRSS")
-            call()
-            least = min(least, resident("VmHWM") - before)
-    finally:
-        _LIBC.mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
+    for _ in range(repeats):
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = resident("VmRSS")
+        call()
+        least = min(least, resident("VmHWM") - before)
     return least
+
+
+def in_fresh_process(
+    function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+) -> Result:
+    """The function's result from a new process in which every large tensor has a mapping of its own from the start.
+
+    Freed tensors then leave the process at once, so that its resident memory is what is in use.
+    """
+    os.environ[_MMAP_THRESHOLD] = str(1 << 16)
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as fresh:
+            return fresh.submit(function, *args, **kwargs).result()
+    finally:
+        del os.environ[_MMAP_THRESHOLD]
 
 
 def resident(field: str) -> int:
