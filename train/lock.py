@@ -25,7 +25,7 @@ class Holder:
 
     Attributes:
         ticks: when the process began, by its machine's clock; a process number is given again, this pair is not.
-        job: of Slurm, which never lets two attempts at one job run at once.
+        job, attempt: of Slurm, which never lets two attempts at one job run at once.
         since: for the reader.
     """
 
@@ -33,18 +33,19 @@ class Holder:
     pid: int
     ticks: str
     job: str | None
+    attempt: str
     since: str
 
     @classmethod
     def myself(cls) -> Holder:
         return cls(
             socket.gethostname(), os.getpid(), _ticks(os.getpid()), os.environ.get("SLURM_JOB_ID"),
-            datetime.now(UTC).isoformat(timespec="seconds"),
+            os.environ.get("SLURM_RESTART_COUNT", "0"), datetime.now(UTC).isoformat(timespec="seconds"),
         )  # fmt: skip
 
     def is_gone(self, me: Holder) -> bool:
         """Whether it is certain that this holder has ended; of another machine it is not."""
-        if self.job is not None and self.job == me.job and (self.host, self.pid) != (me.host, me.pid):
+        if self.job is not None and self.job == me.job and self.attempt != me.attempt:
             return True
         return self.host == me.host and _ticks(self.pid) != self.ticks
 

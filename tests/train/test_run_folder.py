@@ -219,13 +219,16 @@ def holder(**changes: object) -> lock.Holder:
 @pytest.mark.parametrize(
     ("other", "is_taken_over"),
     [({}, True), ({"pid": os.getppid(), "ticks": lock._ticks(os.getppid())}, False), ({"pid": 2**22 - 1}, True),
-     ({"ticks": "1"}, True), ({"host": "elsewhere"}, False), ({"host": "elsewhere", "job": "7"}, True)],
-    ids=["myself", "alive", "gone", "number given again", "another machine", "the same Slurm job, requeued"],
+     ({"ticks": "1"}, True), ({"host": "elsewhere"}, False), ({"host": "elsewhere", "job": "7"}, False),
+     ({"host": "elsewhere", "job": "7", "attempt": "0"}, True)],
+    ids=["myself", "alive", "gone", "number given again", "another machine", "the same Slurm job",
+         "the same Slurm job, requeued"],
 )  # fmt: skip
 def test_one_launch_holds_a_run(
     tmp_path: Path, other: dict[str, object], is_taken_over: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     (tmp_path / lock.FILE).write_text(json.dumps(asdict(holder(**{"job": None, **other}))))
     if is_taken_over:
         with lock.held(tmp_path):

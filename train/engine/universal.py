@@ -69,6 +69,7 @@ def main(source: str, target: str) -> None:
         )  # fmt: skip
     for copied in Path(target).glob("mp_rank_*"):
         copied.unlink()  # the model's own low-precision weights, which follow from the fp32 ones
+    Path(target).with_name("latest_universal").unlink(missing_ok=True)  # for DeepSpeed's own loader
 
 
 if __name__ == "__main__":
