@@ -26,7 +26,7 @@ def test_page_and_plots_are_made_from_the_committed_results() -> None:
 
 def test_sections_without_results_say_so_and_rendering_twice_changes_nothing(tmp_path: Path) -> None:
     page, plots = report.render(report.PAGE.read_text(), tmp_path)
-    assert page.count("Not measured yet.") == 4
+    assert page.count("Not measured yet.") == page.count("<!-- begin") > 3
     assert plots == {}
     assert report.render(page, tmp_path) == (page, plots)
 
