@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.conftest import make_run, tiny_data  # noqa: F401 (fixtures)
+from tests.train.conftest import make_run, pair, tiny_data  # noqa: F401 (fixtures)
 from train.checkpoint import damage
 from train.compose import ROOT
 from train.distributed import alone

@@ -10,13 +10,16 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from train import rank, trainer
+from train.distributed import World
 from train.engine.base import Engine
+from train.folder import RunFolder
 from train.pace import Stopwatch
 
 FOREVER = 3600.0
@@ -38,13 +41,15 @@ def crashed() -> None:
     raise RuntimeError("planted")
 
 
-def out_of_memory() -> None:
-    raise MemoryError("planted")
+FAULTS: dict[str, Callable[[], None]] = {fault.__name__: fault for fault in (killed, stopped, asleep, crashed)}
 
 
-FAULTS: dict[str, Callable[[], None]] = {
-    fault.__name__: fault for fault in (killed, stopped, asleep, crashed, out_of_memory)
-}
+def run_whole(world: World, folder: str) -> None:
+    """A run without a fault, on ranks that are there already; a job for `tests.train.ranks`."""
+    run = RunFolder(Path(folder))
+    config = run.read_config()
+    rank.prepare_process(config)
+    rank.run_rank(config, run, world)
 
 
 def plant(fault: str, on_rank: int, at_step: int) -> None:

@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 
 from tests.faults.conftest import Launched, steps_saved
+from tests.faults.planted import run_whole
 from tests.train.cases import FINETUNE
+from tests.train.ranks import Ranks
 from train.compose import ROOT
 from train.folder import RunFolder
 
@@ -97,14 +99,14 @@ def losses(run: RunFolder) -> list[float]:
 
 
 @pytest.mark.parametrize("zero", [2, 3])
-def test_two_nodes_train(make_run: MakeRun, on_two_addresses: Nodes, launch: Any, zero: int) -> None:
+def test_two_nodes_train(make_run: MakeRun, on_two_addresses: Nodes, pair: Ranks, zero: int) -> None:
     changes = {**TWO_NODES, "zero__stage": zero, "stage__max_steps": 6}
     run = make_run("wide", FINETUNE, **changes)
     for node in on_two_addresses(run):
         node.ends_with(0)
     assert run.done.exists()
-    alone = make_run("alone", FINETUNE, **{**changes, "hardware__nodes": 1, "zero__stage": 0})
-    launch(alone).ends_with(0)
+    alone = make_run("alone", FINETUNE, **{**changes, "hardware__nodes": 1, "hardware__ranks": 2, "zero__stage": 0})
+    pair.run(run_whole, folder=str(alone.path))
     assert losses(run) == pytest.approx(losses(alone), rel=1e-5)
 
 

@@ -15,7 +15,9 @@ import pytest
 import yaml
 
 from tests.faults.conftest import Launch, steps_saved
+from tests.faults.planted import run_whole
 from tests.train.cases import FINETUNE
+from tests.train.ranks import Ranks
 from train.compose import ROOT
 from train.folder import RunFolder
 
@@ -43,12 +45,10 @@ def box(folder: RunFolder, rank: int) -> dict[str, Any]:
     return content
 
 
-@pytest.mark.parametrize("zero", [2, 3])
-def test_killed_and_started_again(make_run: MakeRun, launch: Launch, zero: int) -> None:
-    changes = {**PAIR, "zero__stage": zero}
-    whole = make_run("whole", FINETUNE, **changes)
-    launch(whole).ends_with(0)
-    run = make_run("killed", FINETUNE, **changes, hardware__max_restarts=1)
+def test_killed_and_started_again(make_run: MakeRun, launch: Launch, pair: Ranks) -> None:
+    whole = make_run("whole", FINETUNE, **PAIR)
+    pair.run(run_whole, folder=str(whole.path))
+    run = make_run("killed", FINETUNE, **PAIR, hardware__max_restarts=1)
     output = launch(run, "killed", rank=1, step=7).ends_with(0)
     assert "first to fail: rank 1 was killed by SIGKILL" in output
     assert "all ranks are started again; 0 restart(s) left" in output
@@ -75,7 +75,7 @@ def test_killed_without_restarts(make_run: MakeRun, launch: Launch) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_told_to_stop(make_run: MakeRun, launch: Launch, number: signal.Signals) -> None:
+def test_told_to_stop(make_run: MakeRun, launch: Launch, pair: Ranks, number: signal.Signals) -> None:
     changes = {**PAIR, "stage__max_steps": 40, "checkpoint__every": 30}
     run = make_run("stopped", FINETUNE, **changes)
     started = launch(run)
@@ -91,7 +91,7 @@ def test_told_to_stop(make_run: MakeRun, launch: Launch, number: signal.Signals)
     assert run.interrupted.read_text() == f"stopped by {number.name} after step {taken[-1]}\n"
     if number is signal.SIGTERM:
         whole = make_run("whole", FINETUNE, **changes)
-        launch(whole).ends_with(0)
+        pair.run(run_whole, folder=str(whole.path))
         again = launch(resumed(run)).ends_with(0)
         assert f"after step {taken[-1]}" in again
         assert record(run) == record(whole)
@@ -133,48 +133,46 @@ def watchdog(step_seconds: float) -> dict[str, float]:
     return {"watchdog__step_seconds": step_seconds, "watchdog__startup_seconds": 90.0}
 
 
-@pytest.mark.parametrize("fault", ["stopped", "asleep"])
-def test_a_hang_is_explained(make_run: MakeRun, launch: Launch, fault: str) -> None:
+def test_a_stopped_rank_is_named(make_run: MakeRun, launch: Launch) -> None:
     allowed = 5.0
-    run = make_run(fault, FINETUNE, **PAIR, **watchdog(allowed))
-    started = launch(run, fault, rank=1, step=7)
+    run = make_run("stopped", FINETUNE, **PAIR, **watchdog(allowed))
+    started = launch(run, "stopped", rank=1, step=7)
     started.wait_for_step(6)
     began = time.monotonic()
-    while not list(run.black_boxes.glob("rank_*.json")) and time.monotonic() - began < 60:
+    while not (run.black_boxes / "rank_0.json").exists() and time.monotonic() - began < 60:
         time.sleep(0.1)
     assert time.monotonic() - began < (60 if is_busy() else allowed + 2)
     # torchrun waits 30 seconds for a stopped rank before it kills it.
     output = started.ends_with(4)
-    assert "first to fail: " in output
-    who = "stopped or dead: rank 1 " if fault == "stopped" else "behind: rank 1 "
-    boxes = [json.loads(path.read_text()) for path in sorted(run.black_boxes.glob("rank_*.json"))]
-    hung = [content for content in boxes if content["cause"] == "hung"]
-    assert hung
-    assert all(who in content["message"] for content in hung)
-    assert all(content["step"] == 7 for content in boxes)
-    if fault == "stopped":
-        assert any("all_reduce" in line for line in hung[0]["stacks"]), "the collective that rank 0 waits in"
-    else:
-        assert any("in asleep (faults/planted.py" in line for line in hung[0]["ranks"])
+    assert "first to fail: rank 0: hung: stopped or dead: rank 1 " in output
+    told = box(run, 0)
+    assert (told["cause"], told["step"]) == ("hung", 7)
+    assert any("all_reduce" in line for line in told["stacks"]), "the collective that rank 0 waits in"
+    assert "in all_reduce" in run.log(0).read_text()
     assert steps_saved(run) == [4]
 
 
-def test_a_hang_is_recovered_from(make_run: MakeRun, launch: Launch) -> None:
-    run = make_run("woken", FINETUNE, **PAIR, **watchdog(5.0), hardware__max_restarts=1)
+def test_a_sleeping_rank_is_named_and_recovered_from(make_run: MakeRun, launch: Launch) -> None:
+    run = make_run("asleep", FINETUNE, **PAIR, **watchdog(5.0), hardware__max_restarts=1)
     output = launch(run, "asleep", rank=1, step=7).ends_with(0)
+    boxes = [json.loads(path.read_text()) for path in sorted(run.black_boxes.glob("before_rank_*.json"))]
+    hung = [content for content in boxes if content["cause"] == "hung"]
+    assert hung
+    assert all("behind: rank 1 " in content["message"] for content in hung), "both are in forward and backward"
+    assert all("in asleep (faults/planted.py" in content["message"] for content in hung)
+    assert all(content["step"] == 7 for content in boxes)
     assert "all ranks are started again" in output
     assert len(record(run)) == 12
 
 
-@pytest.mark.parametrize(("fault", "cause"), [("crashed", "crashed"), ("out_of_memory", "out of memory")])
-def test_a_failure_is_traced_to_its_rank(make_run: MakeRun, launch: Launch, fault: str, cause: str) -> None:
-    run = make_run(fault, FINETUNE, **PAIR)
-    output = launch(run, fault, rank=1, step=7).ends_with(1)
+def test_a_crash_is_traced_to_its_rank(make_run: MakeRun, launch: Launch) -> None:
+    run = make_run("crashed", FINETUNE, **PAIR)
+    output = launch(run, "crashed", rank=1, step=7).ends_with(1)
     [line] = [line for line in output.splitlines() if line.startswith("first to fail: ")]
     assert line.startswith("first to fail: rank 1 ")
-    assert line.endswith(f"{cause}: planted")
+    assert line.endswith("crashed: planted")
     told = box(run, 1)
-    assert (told["cause"], told["phase"], told["step"]) == (cause, "forward and backward", 7)
+    assert (told["cause"], told["phase"], told["step"]) == ("crashed", "forward and backward", 7)
     assert len(told["samples"]) == 2
     assert set(told["samples"]).isdisjoint(box(run, 0)["samples"]), "its own, not the whole step's"
     assert told["config"] == run.read_config().digest
