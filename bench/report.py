@@ -17,6 +17,11 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 PLOTS = "plots"
 """Folder of the plots, beside the page."""
 
+LONG = 20
+"""Rows above which a table is folded away."""
+SELECTED = {"anchors": 145, "batch": 32}
+"""Which of the many selections is drawn."""
+
 Plots = dict[str, str]
 """File name -> SVG."""
 Sheet = Mapping[str, Any]
@@ -131,8 +136,32 @@ def _step_plots(sheet: Sheet) -> Iterator[tuple[str, str]]:
                 yield title, bars(title, unit, content)
 
 
-def _no_plots(sheet: Sheet) -> Iterator[tuple[str, str]]:
-    return iter(())
+def _micro_plots(sheet: Sheet) -> Iterator[tuple[str, str]]:
+    towers = [row for row in _measured(sheet) if row["what"] == "vision tower"]
+    for column, what, unit in (("ms_per_image", "time per image", " ms"), ("transient_gb", "memory in use", " GB")):
+        content = [
+            Bar(
+                label=f"{row['side']} pixels, batch {row['batch']}, {row['variant']}", value=row[column],
+                colour=OURS if row["variant"].startswith("ours") else OTHER,
+            )
+            for row in towers
+            if row[column] is not None
+        ]  # fmt: skip
+        if content:
+            title = f"Vision tower: {what}"
+            yield title, bars(title, unit, content)
+    chosen = [row for row in _measured(sheet) if row["what"] == "selection" and row["batch"] == SELECTED["batch"]]
+    content = [
+        Bar(
+            label=f"{row['variant']}, {'agreeing' if row['heads_agree'] else 'independent'} heads", value=row["ms"],
+            colour=OURS if row["variant"] == "triton" else OTHER,
+        )
+        for row in chosen
+        if row["anchors"] == SELECTED["anchors"]
+    ]  # fmt: skip
+    if content:
+        title = f"Selection of {SELECTED['anchors']} anchors in each of {SELECTED['batch']} images"
+        yield title, bars(title, " ms", content)
 
 
 def _gpu_tables(sheet: Sheet) -> Iterator[str]:
@@ -140,10 +169,14 @@ def _gpu_tables(sheet: Sheet) -> Iterator[str]:
     for (what,), rows in _grouped(_measured(sheet), ("what",)):
         names = list(dict.fromkeys(name for row in rows for name in row))
         columns = [name for name in names if name != "what" and any(row.get(name) is not None for row in rows)]
-        yield f"**{what}**\n\n{markdown(rows, columns)}"
+        table = markdown(rows, columns)
+        if len(rows) > LONG:
+            table = f"<details><summary>{len(rows)} rows</summary>\n\n{table}\n\n</details>"
+        yield f"**{what}**\n\n{table}"
     left_out = [row for row in sheet["rows"] if row.get("left_out")]
     if left_out:
-        yield "Left out:\n\n" + "\n".join(f"- {_labels(row)}: {row['left_out']}" for row in left_out)
+        lines = "\n".join(f"- {_labels(row)}: {row['left_out']}" for row in left_out)
+        yield f"<details><summary>{len(left_out)} rows left out</summary>\n\n{lines}\n\n</details>"
 
 
 def _measured(sheet: Sheet) -> list[dict[str, Any]]:
@@ -165,7 +198,7 @@ def _grouped(
 
 
 _PLOTS: dict[str, Callable[[Sheet], Iterator[tuple[str, str]]]] = {
-    "cpu": _cpu_plots, "gpu-micro": _no_plots, "gpu-step": _step_plots, "gpu-ladder": _ladder_plots,
+    "cpu": _cpu_plots, "gpu-micro": _micro_plots, "gpu-step": _step_plots, "gpu-ladder": _ladder_plots,
     "gpu-ladder-align": _ladder_plots,
 }  # fmt: skip
 _TABLES: dict[str, Callable[[Sheet], Iterator[str]]] = {
