@@ -26,7 +26,8 @@ class Piece:
 
     @classmethod
     def whole(cls, tensor: Tensor) -> Piece:
-        flat = tensor.detach().view(-1)
+        """All of a tensor; one that is not contiguous is copied, and can be hashed but not written into."""
+        flat = tensor.detach().reshape(-1)
         return cls(flat, 0, flat.numel())
 
     @property

@@ -64,9 +64,9 @@ def _probe(run: Run) -> None:
 
 
 def _check_record(run: Run) -> None:
-    """Compares the run with what its folder says it is, or says it there for the first time."""
+    """Compares the run with what its folder says it is; one that begins from nothing says it there."""
     folder = run.folder
-    if folder.identity.is_file():
+    if run.resumed and folder.identity.is_file():
         before = Identity(**json.loads(folder.identity.read_text()))
         check_same_run(before, run.identity, f"{folder.identity} was written")
     else:

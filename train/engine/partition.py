@@ -99,7 +99,7 @@ class Partition:
 
     def _frozen(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
         part = getattr(parameter, "ds_tensor", None)
-        return (parameter.view(-1), 0) if part is None else (part.view(-1), part.numel() * self._rank)
+        return (parameter.reshape(-1), 0) if part is None else (part.view(-1), part.numel() * self._rank)
 
     def _state(self, master: Tensor, moment: str | None) -> Tensor:
         state: Tensor = master if moment is None else self._optimizer.state[master][moment]
