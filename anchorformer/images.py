@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
+import os
+import stat
 import struct
 import zlib
 from collections.abc import Sequence
@@ -20,11 +23,33 @@ from anchorformer.errors import UserError
 MAX_PIXELS = 2**27
 """Largest padded square that is built (a side of 11,585 pixels, 400 MB while it is being resized)."""
 
+MAX_BYTES = 8 * MAX_PIXELS
+"""Largest file that is read: that many pixels with four channels of 16 bits, not compressed at all."""
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""How the file begins that a clone without git-lfs has in place of another."""
+
 # Only raster formats decoded inside this process: Pillow would hand EPS to an external interpreter.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 # What Pillow's decoders raise on broken files, besides its own errors (which are OSErrors).
-_DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error)
+DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error)
+
+
+def read_image(path: Path) -> bytes:
+    """The encoded bytes of an image file.
+
+    Raises:
+        OSError: no such file, no file at all (a folder, a pipe), or more than MAX_BYTES.
+    """
+    status = path.stat()
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "Not a regular file")
+    if status.st_size > MAX_BYTES:
+        raise OSError(errno.EFBIG, f"{status.st_size} bytes")
+    return path.read_bytes()
 
 
 def open_image(source: Path | bytes, *, name: str | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -40,7 +65,7 @@ def open_image(source: Path | bytes, *, name: str | None = None, max_pixels: int
     """
     name = name or (str(source) if isinstance(source, Path) else "an image given as bytes")
     try:
-        content = source.read_bytes() if isinstance(source, Path) else source
+        content = read_image(source) if isinstance(source, Path) else source
     except OSError as error:
         raise UserError(
             f"{name}: cannot be read", found=error.strerror or str(error), expected="an image file",
@@ -51,13 +76,18 @@ def open_image(source: Path | bytes, *, name: str | None = None, max_pixels: int
             f"{name}: the file is empty", found="0 bytes", expected=f"an image ({', '.join(FORMATS)})",
             remedy="fetch the file again",
         )  # fmt: skip
+    if content.startswith(LFS_POINTER):
+        raise UserError(
+            f"{name}: the file is not there yet", found="a git-LFS pointer", expected="the image that it stands for",
+            remedy="fetch the images with `git lfs pull`",
+        )  # fmt: skip
     try:
         image = Image.open(io.BytesIO(content), formats=_formats())
         _check_size(image.size, name, max_pixels)
         image.load()
     except Image.DecompressionBombError as error:
         raise _too_large(name, str(error), max_pixels) from None
-    except _DECODING_ERRORS as error:
+    except DECODING_ERRORS as error:
         raise UserError(
             f"{name}: cannot be decoded", found=f"{len(content)} bytes: {type(error).__name__}: {error}",
             expected=f"a complete image ({', '.join(FORMATS)})",

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
         )
     config = compose_scan(overrides)
     folder = processor_folder(config)
-    open_sources(config.data)
+    open_sources(config.whole)
     # Only now: everything above answers within a second, because none of it needs torch.
     from data.processor import open_processor
     from data.scan import samples, scan

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from anchorformer.errors import UserError
-from data.config import DataConfig, Overlength
+from data.config import DataConfig, OnBad, Overlength
 from data.encoder import Encoder, turns_of
 from data.lengths import UNUSABLE, Lengths, measure, measure_shortened
 from data.sources.base import Source
@@ -28,29 +28,38 @@ class Admission:
         too_long: record numbers left out because they exceed the longest length (and, under `truncate_answer`, cannot
             be shortened without cutting an anchor or every target).
         without_targets: record numbers left out because no token of them is supervised.
+        unusable: record numbers left out because their source or the processor refuses them.
     """
 
     kept: np.ndarray
     tokens: np.ndarray
     too_long: np.ndarray
     without_targets: np.ndarray
+    unusable: np.ndarray
+
+    @property
+    def num_dropped(self) -> int:
+        """Records left out, for whatever reason."""
+        return len(self.too_long) + len(self.without_targets) + len(self.unusable)
 
 
 def admit(source: Source, encoder: Encoder, encoder_fingerprint: str, config: DataConfig) -> Admission:
     """Counts one source, or reads what was counted before, and applies the over-length rule to it.
 
     Raises:
-        UserError: a record that the processor refuses, or (`overlength=error`) one that is too long; named by id.
+        UserError: a record that cannot be used (`on_bad_record=error`), or one that is too long (`overlength=error`);
+            named by id.
     """
     max_length = config.max_length
     lengths = measure(source, encoder, encoder_fingerprint, Path(config.cache_dir))
     tokens = np.array(lengths.tokens)
-    for index in np.flatnonzero(tokens == UNUSABLE)[:1]:
-        explain(source, encoder, int(index))
+    unusable = np.flatnonzero(tokens == UNUSABLE)
+    if len(unusable) and config.on_bad_record is OnBad.error:
+        explain(source, encoder, int(unusable[0]))
     without_targets = np.flatnonzero(lengths.supervised == 0)
     long = _long(lengths, max_length)
     if len(long) and config.overlength is Overlength.error:
-        shown = ", ".join(f"{source.name}/{source[int(i)].id} ({tokens[i]})" for i in long[:NAMED])
+        shown = ", ".join(f"{source.name}/{source.record_id(int(i))} ({tokens[i]})" for i in long[:NAMED])
         raise UserError(
             f"{len(long)} record(s) of {source.name} are longer than data.max_length",
             found=f"{shown}{', ...' if len(long) > NAMED else ''} positions, anchors counted",
@@ -61,8 +70,8 @@ def admit(source: Source, encoder: Encoder, encoder_fingerprint: str, config: Da
         short, left = shortened(source, encoder, encoder_fingerprint, config, lengths)
         tokens[short] = left
         long = np.setdiff1d(long, short, assume_unique=True)
-    kept = np.setdiff1d(np.arange(len(tokens)), np.concatenate([long, without_targets]), assume_unique=True)
-    return Admission(kept, tokens[kept], long, without_targets)
+    kept = np.setdiff1d(np.arange(len(tokens)), np.concatenate([long, without_targets, unusable]), assume_unique=True)
+    return Admission(kept, tokens[kept], long, without_targets, unusable)
 
 
 def shortened(
@@ -95,10 +104,13 @@ def check_share(sources: Sequence[Source], admissions: Sequence[Admission], ceil
     reasons = []
     dropped = 0
     for source, admission in zip(sources, admissions, strict=True):
-        for reason, indices in (("too long", admission.too_long), ("without targets", admission.without_targets)):
+        dropped += admission.num_dropped
+        for reason, indices in (
+            ("too long", admission.too_long), ("without targets", admission.without_targets),
+            ("that cannot be used", admission.unusable),
+        ):  # fmt: skip
             if len(indices):
-                dropped += len(indices)
-                shown = ", ".join(source[int(index)].id for index in indices[:NAMED])
+                shown = ", ".join(source.record_id(int(index)) for index in indices[:NAMED])
                 reasons.append(f"{source.name}: {len(indices)} {reason} ({shown}{', ...' * (len(indices) > NAMED)})")
     if dropped > ceiling * total or dropped == total:
         raise UserError(
@@ -113,7 +125,7 @@ def explain(source: Source, encoder: Encoder, index: int) -> None:
     """Encodes a record again that was counted as unusable, for the reason.
 
     Raises:
-        UserError: the processor's, with the record's id.
+        UserError: the source's, or the processor's with the record's id.
     """
     record = source[index]
     try:
@@ -123,7 +135,7 @@ def explain(source: Source, encoder: Encoder, index: int) -> None:
             f"{source.name}/{record.id}: {error.what}",
             found=error.found,
             expected=error.expected,
-            remedy=f"{error.remedy}; `python -m data scan` lists all such records",
+            remedy=f"{error.remedy}; data.on_bad_record=skip leaves such records out, `python -m data scan` lists them",
         ) from None
 
 

@@ -64,6 +64,8 @@ def read_entries(path: Path) -> Iterator[Any]:
             return decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             raise failed(error.msg, error.pos) from None
+        except (RecursionError, ValueError) as error:  # nested without end; a number of thousands of digits
+            raise failed(str(error), position) from None
 
     position = skip(0)
     if text[position : position + 1] != "[":
@@ -104,6 +106,36 @@ def image_path(value: object) -> str:
     if path.is_absolute() or ".." in path.parts:
         raise RecordError(f"image path {value!r} leaves the image root")
     return str(path)
+
+
+def id_of(raw: Mapping[str, Any], key: str, position: int) -> str:
+    """The id under `key` as text; `#` and the position where there is none.
+
+    Raises:
+        RecordError: neither text nor a number.
+    """
+    value = raw.get(key)
+    if value is None:
+        return f"#{position}"
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise RecordError(f"'{key}' is {str(value)[:80]!r}, neither text nor a number")
+    return str(value)
+
+
+def check_text(record: Record) -> None:
+    """Refuses text that cannot be written down in any encoding, and so is in no tokenizer either.
+
+    Raises:
+        RecordError: half of a surrogate pair, as JSON's `\\ud83d` without its other half gives.
+    """
+    pairs = [text for pair in record.meta for text in pair]
+    paths = [str(image.path) for image in record.images]
+    for text in (record.id, *paths, *(turn.text for turn in record.turns), *record.references, *pairs):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            around = text[max(0, error.start - 20) : error.end]
+            raise RecordError(f"half of a surrogate pair, {text[error.start]!r}, behind {around[:-1]!r}") from None
 
 
 def text_of(raw: Mapping[str, Any], key: str) -> str:

@@ -1,7 +1,8 @@
 """Annotation JSON to memory-mapped Arrow: parsed once, then shared by all processes without a Python list of records.
 
-One row per record, columns id, images (paths under the image root), turns, references and meta; a file is named by
-the hash of what it was made from, so it never has to be thrown away by hand.
+One row per record, columns id, images (paths under the image root), turns, references and meta; one that cannot be
+understood keeps its row, with where it stands and why, so that all of them can be listed. A file is named by the hash
+of what it was made from, so it never has to be thrown away by hand.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from anchorformer.errors import UserError
-from data.annotations import AnnotationFile, RecordError, read_entries
+from data.annotations import AnnotationFile, RecordError, check_text, read_entries
 from data.record import ImageRef, Record, Role, Turn
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever the same JSON would give other rows; part of every cache key."""
 
 ROWS_PER_BATCH = 1024
@@ -35,6 +36,7 @@ SCHEMA = pa.schema(
         ("turns", pa.list_(pa.struct([("role", pa.string()), ("text", pa.string())]))),
         ("references", pa.list_(pa.string())),
         ("meta", pa.list_(pa.struct([("key", pa.string()), ("value", pa.string())]))),
+        ("malformed", pa.struct([("file", pa.int32()), ("position", pa.int64()), ("why", pa.string())])),
     ]
 )
 
@@ -55,7 +57,7 @@ def open_source(
         linked_roots: further folders that symbolic links inside `image_root` may lead to.
 
     Raises:
-        UserError: a file or folder is missing, is not the expected JSON, holds no record, or a record cannot be read.
+        UserError: a file or folder is missing, is not the expected JSON, or holds no record.
     """
     for file in files:
         if not file.path.is_file():
@@ -82,7 +84,7 @@ def open_source(
         if not arrow.exists():
             _convert(name, files, arrow)
     roots = tuple(root.resolve() for root in (image_root, *linked_roots))
-    return ArrowSource(name, fingerprint, arrow, image_root, roots)
+    return ArrowSource(name, fingerprint, arrow, tuple(file.path for file in files), image_root, roots)
 
 
 class ArrowSource:
@@ -91,9 +93,12 @@ class ArrowSource:
     The file is mapped lazily, so that a copy sent to another process maps it there.
     """
 
-    def __init__(self, name: str, fingerprint: str, path: Path, image_root: Path, roots: tuple[Path, ...]) -> None:
+    def __init__(
+        self, name: str, fingerprint: str, path: Path, files: tuple[Path, ...], image_root: Path,
+        roots: tuple[Path, ...],
+    ) -> None:  # fmt: skip
         self.name, self.fingerprint = name, fingerprint
-        self._path, self._image_root, self._roots = path, image_root, roots
+        self._path, self._files, self._image_root, self._roots = path, files, image_root, roots
         self._reader: pa.RecordBatchFileReader | None = None
         batches = self._open().num_record_batches
         last = self._open().get_batch(batches - 1).num_rows
@@ -106,12 +111,31 @@ class ArrowSource:
         if not 0 <= index < self._length:
             raise IndexError(index)
         row = self._open().get_batch(index // ROWS_PER_BATCH).slice(index % ROWS_PER_BATCH, 1).to_pylist()[0]
+        if row["malformed"] is not None:
+            raise self._refusal(row["id"], row["malformed"])
         return Record(
             id=row["id"],
             images=tuple(ImageRef(path=self._image_root / image, roots=self._roots) for image in row["images"]),
             turns=tuple(Turn(Role(turn["role"]), turn["text"]) for turn in row["turns"]),
             references=tuple(row["references"]),
             meta=tuple((item["key"], item["value"]) for item in row["meta"]),
+        )
+
+    def check_records(self) -> None:
+        columns = [self._open().get_batch(number) for number in range(self._open().num_record_batches)]
+        malformed = [batch for batch in columns if batch.column("malformed").null_count < batch.num_rows]
+        if malformed:
+            count = sum(batch.num_rows - batch.column("malformed").null_count for batch in malformed)
+            first = malformed[0].filter(malformed[0].column("malformed").is_valid()).slice(0, 1).to_pylist()[0]
+            raise self._refusal(first["id"], first["malformed"], count - 1)
+
+    def _refusal(self, record_id: str, malformed: Mapping[str, Any], more: int = 0) -> UserError:
+        return UserError(
+            f"{self._files[malformed['file']]}: record {malformed['position']} (id {record_id}) cannot be used",
+            found=malformed["why"] + (f"; {more} more such record(s)" if more else ""),
+            expected="a record in the published format",
+            remedy="correct or remove it; `python -m data scan` lists all of them, and training leaves them out with "
+            "data.on_bad_record=skip",
         )
 
     def record_id(self, index: int) -> str:
@@ -159,9 +183,14 @@ def _convert(name: str, files: Sequence[AnnotationFile], target: Path) -> None:
         pa.ipc.new_file(sink, SCHEMA) as writer,
         tqdm(desc=f"reading {name}", unit=" records", delay=2, mininterval=0.5) as progress,
     ):
-        for file in files:
+        for number, file in enumerate(files):
             for position, raw in enumerate(read_entries(file.path)):
-                for field, value in _row(file, raw, position, taken).items():
+                try:
+                    record, malformed = _understood(file, raw, position), None
+                except RecordError as error:
+                    record = Record(id=_label(raw, position), images=(), turns=())
+                    malformed = {"file": number, "position": position, "why": str(error)}
+                for field, value in (_row(record, taken) | {"malformed": malformed}).items():
                     columns[field].append(value)
                 progress.update()
                 if len(columns["id"]) == ROWS_PER_BATCH:
@@ -178,24 +207,31 @@ def _convert(name: str, files: Sequence[AnnotationFile], target: Path) -> None:
             writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=SCHEMA))
 
 
-def _row(file: AnnotationFile, raw: Any, position: int, taken: dict[str, int]) -> dict[str, Any]:
-    """The columns of one entry.
+def _understood(file: AnnotationFile, raw: Any, position: int) -> Record:
+    """The entry as a record.
+
+    Raises:
+        RecordError: it cannot be one.
+    """
+    if not isinstance(raw, dict):
+        raise RecordError(f"is {type(raw).__name__}, not an object")
+    record = file.parse(raw, position)
+    check_text(record)
+    return record
+
+
+def _label(raw: Any, position: int) -> str:
+    """What a record that cannot be understood is called: the id it was meant to have, or its position."""
+    label = raw.get("id", raw.get("questionId", raw.get("question_id"))) if isinstance(raw, dict) else None
+    return f"#{position}" if label is None else str(label).encode("ascii", "backslashreplace").decode()[:80]
+
+
+def _row(record: Record, taken: dict[str, int]) -> dict[str, Any]:
+    """The columns of one record.
 
     Args:
         taken: ids so far -> the last number put behind them; this one's are added.
     """
-    try:
-        if not isinstance(raw, dict):
-            raise RecordError(f"is {type(raw).__name__}, not an object")
-        record = file.parse(raw, position)
-    except RecordError as error:
-        label = raw.get("id", raw.get("questionId")) if isinstance(raw, dict) else None
-        raise UserError(
-            f"{file.path}: record {position}{'' if label is None else f' (id {label})'} cannot be used",
-            found=error,
-            expected="a record in the published format",
-            remedy="correct or remove that record; `python -m data scan` shows what the others hold",
-        ) from None
     # Real files repeat ids, some one id in every record. Logs and predictions must still tell the records apart;
     # counting goes on where the last repeat stopped, or the work would grow with the square of the repeats.
     unique, repeats = record.id, taken.get(record.id, 1)

@@ -21,7 +21,7 @@ class Overlength(str, Enum):
     truncate_answer = "truncate_answer"
 
 
-class OnBadImage(str, Enum):
+class OnBad(str, Enum):
     error = "error"
     skip = "skip"
 
@@ -38,8 +38,10 @@ class DataConfig(Schema):
     """Positions per sample, anchors counted."""
     overlength: Overlength = Overlength.error
     """A longer sample is an error, is left out and counted, or loses the end of its answer (never an anchor)."""
-    on_bad_image: OnBadImage = OnBadImage.error
+    on_bad_image: OnBad = OnBad.error
     """A missing or unreadable image is an error, or its sample is left out of its step and counted."""
+    on_bad_record: OnBad = OnBad.error
+    """A record that cannot be used (`data.verdicts`) is an error, or is left out of the mixture and counted."""
     max_dropped_share: Share = 0.02
     """Share of dropped or skipped samples above which the run stops."""
     token_budget: Count | None = None

@@ -1,21 +1,22 @@
-"""What can be wrong with one image or one record; the list of defects that scan knows."""
+"""Looks at one image or one record for what `data.verdicts` lists."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 
 from PIL import Image
 
 from anchorformer.errors import UserError
-from anchorformer.images import FORMATS, MAX_PIXELS, open_image
+from anchorformer.images import DECODING_ERRORS, FORMATS, MAX_PIXELS, open_image, read_image
 from data.images import locate
 from data.record import ImageRef, Record, Role
 from data.sources.local import IMAGE
+from data.verdicts import Defect
 
 SUFFIXES = {
     ".jpg": ("JPEG", "MPO"), ".jpeg": ("JPEG", "MPO"), ".png": ("PNG",), ".gif": ("GIF",), ".webp": ("WEBP",),
@@ -32,39 +33,8 @@ TINY = 8
 ORIENTATION = 0x0112
 """EXIF tag; 1 is upright."""
 
-
-class Defect(str, Enum):
-    """Kinds of findings; the first group makes a record unusable as it is, the second is only reported."""
-
-    missing = "image missing"
-    outside = "image outside its root"
-    unreadable = "image unreadable"
-    oversized = "image oversized"
-    mismatch = "<image> count mismatch"
-    refused = "refused by the processor"
-    no_targets = "nothing supervised"
-    too_long = "too long"
-
-    shortened = "answer shortened"
-    mislabelled = "suffix and format differ"
-    duplicate_id = "duplicate id"
-    duplicate_image = "duplicate image"
-    empty_answer = "empty answer"
-    rotated = "EXIF rotation (not applied)"
-    animated = "several frames (first is used)"
-    mode = "unusual pixel format"
-    tiny = "tiny image"
-
-    @property
-    def is_bad(self) -> bool:
-        """Whether training would refuse the record, leave it out, or train on text that speaks of a lost image."""
-        return self in _BAD
-
-
-_BAD = {
-    Defect.missing, Defect.outside, Defect.unreadable, Defect.oversized, Defect.mismatch, Defect.refused,
-    Defect.no_targets, Defect.too_long,
-}  # fmt: skip
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+"""Characters that no text needs; tab and line ends are none of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +56,10 @@ def examine_image(ref: ImageRef) -> tuple[list[Finding], str | None]:
     except UserError as error:
         return [Finding(Defect.outside, error.found)], None
     try:
-        content = place.read_bytes() if isinstance(place, Path) else place
+        content = read_image(place) if isinstance(place, Path) else place
     except OSError as error:
-        return [Finding(Defect.missing, error.strerror or str(error))], None
+        defect = Defect.missing if isinstance(error, FileNotFoundError) else Defect.unreadable
+        return [Finding(defect, error.strerror or str(error))], None
     digest = hashlib.blake2b(content, digest_size=16).hexdigest()
     try:
         image = open_image(content)
@@ -101,12 +72,14 @@ def examine_record(record: Record) -> list[Finding]:
     """What can be told from a record without a processor and without opening its images."""
     findings = []
     placeholders = sum(turn.text.count(IMAGE) for turn in record.turns if turn.role is Role.user)
-    # A record without any image is counted too: training reads its `<image>` as text, as the published code does, but
-    # an image that was lost looks the same.
     if placeholders != len(record.images):
-        findings.append(Finding(Defect.mismatch, f"{placeholders} {IMAGE}, {len(record.images)} image(s)"))
+        defect = Defect.mismatch if record.images else Defect.imageless
+        findings.append(Finding(defect, f"{placeholders} {IMAGE}, {len(record.images)} image(s)"))
     if any(turn.role is Role.assistant and not turn.text.strip() for turn in record.turns):
         findings.append(Finding(Defect.empty_answer, "only its stop is supervised"))
+    controls = [character for turn in record.turns for character in CONTROL.findall(turn.text)]
+    if controls:
+        findings.append(Finding(Defect.control, f"{len(controls)}, the first {controls[0]!r}"))
     findings += [Finding(Defect.duplicate_id, value) for key, value in record.meta if key == "duplicate_of"]
     return findings
 
@@ -115,15 +88,24 @@ def _oddities(image: Image.Image, path: Path | None) -> Iterator[Finding]:
     suffix = path.suffix.lower() if path is not None else ""
     if suffix in SUFFIXES and image.format not in SUFFIXES[suffix]:
         yield Finding(Defect.mislabelled, f"{image.format} under {suffix}")
-    orientation = image.getexif().get(ORIENTATION, 1)
+    orientation = _told(lambda: image.getexif().get(ORIENTATION))
     if orientation != 1:
         yield Finding(Defect.rotated, f"orientation {orientation}")
-    if getattr(image, "n_frames", 1) > 1:
-        yield Finding(Defect.animated, f"{getattr(image, 'n_frames', 1)} frames")
+    frames = _told(lambda: getattr(image, "n_frames", 1))
+    if frames > 1:
+        yield Finding(Defect.animated, f"{frames} frames")
     if image.mode not in PLAIN_MODES:
         yield Finding(Defect.mode, image.mode)
     if min(image.size) < TINY:
         yield Finding(Defect.tiny, f"{image.width} x {image.height}")
+
+
+def _told(fact: Callable[[], int | None]) -> int:
+    """What a part of the file says that training does not read; 1 where it says nothing, or is damaged there."""
+    try:
+        return fact() or 1
+    except DECODING_ERRORS:
+        return 1
 
 
 def _is_oversized(content: bytes) -> bool:
@@ -133,5 +115,5 @@ def _is_oversized(content: bytes) -> bool:
             return max(header.size) ** 2 > MAX_PIXELS
     except Image.DecompressionBombError:
         return True
-    except (OSError, SyntaxError, ValueError):
+    except DECODING_ERRORS:
         return False

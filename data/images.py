@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from PIL import Image
@@ -22,7 +23,7 @@ def locate(ref: ImageRef) -> Path | bytes:
         return ref.data
     if ref.path is None:
         raise ValueError("an ImageRef holds neither a path nor data")
-    path = ref.path.resolve()
+    path = Path(os.path.realpath(ref.path))  # Path.resolve() may raise where links go in a circle
     if ref.roots and not any(path.is_relative_to(root) for root in ref.roots):
         raise UserError(
             f"{ref.path}: the image lies outside its root",

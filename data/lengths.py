@@ -22,7 +22,7 @@ FORMAT = 1
 """Raised whenever the same records would be counted otherwise; part of every cache key."""
 
 UNUSABLE = -1
-"""Length of a record that the processor refuses; asking it again gives the reason."""
+"""Length of a record that its source or the processor refuses; asking it again gives the reason."""
 
 CHUNK = 2000
 """Records per task: about half a second of tokenisation."""
@@ -115,8 +115,8 @@ def _chunk(source: Source, encoder: Encoder, shorten_to: int | None, indices: Se
     rule = Overlength.error if shorten_to is None else Overlength.truncate_answer
     counts = np.empty((2, len(indices)), np.int32)
     for column, index in enumerate(indices):
-        record = source[index]
         try:
+            record = source[index]
             counts[:, column] = encoder.measure(
                 turns_of(record), len(record.images), max_length=shorten_to, overlength=rule.value
             )

@@ -16,7 +16,7 @@ from anchorformer.contracts import Batch, Example
 from anchorformer.errors import UserError
 from anchorformer.images import open_image
 from data.collate import collate, make_filler
-from data.config import DataConfig, OnBadImage
+from data.config import DataConfig, OnBad
 from data.encoder import Encoder, turns_of
 from data.images import locate
 from data.mixture import Mixture
@@ -200,7 +200,7 @@ class _Assembly(Dataset[Batch | UserError]):
             try:
                 images.append(open_image(place, name=str(ref.path or "an image")))
             except UserError as error:
-                if self._config.on_bad_image is OnBadImage.skip:
+                if self._config.on_bad_image is OnBad.skip:
                     return None
                 raise _of_sample(record.id, error) from None
         example = self._processor.encode(

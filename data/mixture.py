@@ -11,7 +11,7 @@ import numpy as np
 from anchorformer.errors import UserError
 from anchorformer.schema import parse_plugin
 from data.admission import admit, check_share
-from data.config import DataConfig
+from data.config import DataConfig, OnBad
 from data.encoder import Encoder, fingerprint
 from data.record import Record
 from data.sampler import permutation
@@ -28,7 +28,7 @@ class Mixture:
 
     Attributes:
         tokens: int32, positions of each record (anchors counted), after the over-length rule.
-        num_dropped: records left out because they are too long or have no targets.
+        num_dropped: records left out because they are too long, have no targets or cannot be used.
 
     Raises:
         UserError: what `open_sources` or the over-length rule raises, more records left out than `max_dropped_share`
@@ -55,15 +55,16 @@ class Mixture:
                 )
         self._ends = np.cumsum([len(kept) for kept in self._kept])
         self.tokens = np.concatenate([admission.tokens for admission in admissions])
-        self.num_dropped = sum(len(item.too_long) + len(item.without_targets) for item in admissions)
+        self.num_dropped = sum(item.num_dropped for item in admissions)
         for source, weight, item in zip(self.sources, self._weights, admissions, strict=True):
             logger.info(
-                "%s: %d records, %d too long and %d without targets left out, %g passes per epoch, %.0f positions on "
-                "average",
+                "%s: %d records, %d too long, %d without targets and %d unusable left out, %g passes per epoch, %.0f "
+                "positions on average",
                 source.name,
                 len(source),
                 len(item.too_long),
                 len(item.without_targets),
+                len(item.unusable),
                 weight,
                 item.tokens.mean() if len(item.tokens) else 0,
             )
@@ -118,7 +119,8 @@ def open_sources(config: DataConfig) -> list[tuple[Source, float]]:
     """Opens every source that has a weight, in the order of their names.
 
     Raises:
-        UserError: `data.root` is missing, no source has a weight, or what a source or its config raises.
+        UserError: `data.root` is missing, no source has a weight, what a source or its config raises, or
+            (`on_bad_record=error`) a record that cannot be understood.
     """
     root = Path(config.root)
     if not root.is_dir():
@@ -134,6 +136,8 @@ def open_sources(config: DataConfig) -> list[tuple[Source, float]]:
         source = parse_plugin(SourceConfig, spec, PACKAGE, place, f"correct {place} on the command line or in its YAML")
         if source.weight > 0:
             opened.append((source.open(name, root, Path(config.cache_dir)), source.weight))
+            if config.on_bad_record is OnBad.error:
+                opened[-1][0].check_records()
     if not opened:
         raise UserError(
             "there is nothing to train on",

@@ -20,13 +20,14 @@ from anchorformer.processing import AnchorFormerProcessor
 from data.admission import explain, shortened
 from data.config import DataConfig, Overlength
 from data.encoder import fingerprint, turns_of
-from data.examine import Defect, Finding, examine_image, examine_record
+from data.examine import Finding, examine_image, examine_record
 from data.images import load
 from data.lengths import UNUSABLE, measure
 from data.mixture import open_sources
-from data.record import ImageRef
+from data.record import ImageRef, Record
 from data.scan_config import ScanConfig
 from data.sources.base import Source
+from data.verdicts import Defect
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -90,7 +91,7 @@ def scan(config: ScanConfig, processor: AnchorFormerProcessor) -> Report:
         UserError: what opening a source raises; defects of records and images are reported instead.
     """
     report = Report()
-    for source, _ in open_sources(config.data):
+    for source, _ in open_sources(config.whole):
         found: dict[int, list[Finding]] = defaultdict(list)
         for index, finding in (*_texts(source, processor, config.data), *_images(source, config.threads)):
             found[index].append(finding)
@@ -112,7 +113,7 @@ def scan(config: ScanConfig, processor: AnchorFormerProcessor) -> Report:
 
 def samples(config: ScanConfig, processor: AnchorFormerProcessor) -> Iterator[str]:
     """The first usable record of each source in turn, until enough are shown, as the model will be trained on it."""
-    sources = [source for source, _ in open_sources(config.data)]
+    sources = [source for source, _ in open_sources(config.whole)]
     places = ((source, index) for index in range(max(map(len, sources))) for source in sources if index < len(source))
     usable = (text for source, index in places if (text := _sample(source, index, processor)) is not None)
     yield from islice(usable, config.show)
@@ -125,7 +126,11 @@ def _texts(source: Source, processor: AnchorFormerProcessor, config: DataConfig)
     if config.overlength is Overlength.truncate_answer:
         short.update(shortened(source, processor, encoder_fingerprint, config, lengths)[0].tolist())
     for index in tqdm(range(len(source)), desc=f"records of {source.name}", unit=" records", delay=2, mininterval=0.5):
-        findings = examine_record(source[index])
+        record = _understood(source, index)
+        if isinstance(record, UserError):
+            yield index, Finding(Defect.malformed, record.found)
+            continue
+        findings = examine_record(record)
         tokens, supervised = int(lengths.tokens[index]), int(lengths.supervised[index])
         if tokens == UNUSABLE and not any(finding.defect is Defect.mismatch for finding in findings):
             findings.append(Finding(Defect.refused, _reason(source, processor, index)))
@@ -143,7 +148,8 @@ def _images(source: Source, threads: int) -> Iterator[tuple[int, Finding]]:
     embedded: list[tuple[int, int]] = []
     roots: tuple[Path, ...] = ()
     for index in tqdm(range(len(source)), desc=f"images of {source.name}", unit=" records", delay=2, mininterval=0.5):
-        for place, ref in enumerate(source[index].images):
+        record = _understood(source, index)
+        for place, ref in enumerate(() if isinstance(record, UserError) else record.images):
             if ref.path is None:
                 embedded.append((index, place))
             elif index not in users[ref.path][-1:]:
@@ -182,6 +188,14 @@ def _mapped(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterabl
         yield from pool.map(function, block)
 
 
+def _understood(source: Source, index: int) -> Record | UserError:
+    """The record, or why it is none."""
+    try:
+        return source[index]
+    except UserError as error:
+        return error
+
+
 def _reason(source: Source, processor: AnchorFormerProcessor, index: int) -> str:
     try:
         explain(source, processor, index)
@@ -192,8 +206,8 @@ def _reason(source: Source, processor: AnchorFormerProcessor, index: int) -> str
 
 def _sample(source: Source, index: int, processor: AnchorFormerProcessor) -> str | None:
     """The record as text, what is supervised in colour, or None where it cannot be encoded."""
-    record = source[index]
-    if examine_record(record):
+    record = _understood(source, index)
+    if isinstance(record, UserError) or examine_record(record):
         return None
     name = f"{source.name}/{record.id}"
     try:

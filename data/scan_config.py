@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from anchorformer.schema import Schema
-from data.config import DataConfig
+from data.config import DataConfig, OnBad
 
 TemplateName = Literal["plain", "v1", "chat"]
 """Conversation templates, as `anchorformer.templates.make_template` knows them."""
@@ -32,3 +32,8 @@ class ScanConfig(Schema):
     """Images decoded at once; 0 is one per CPU."""
     out: str | None = None
     """File for every finding, one JSON object per line."""
+
+    @property
+    def whole(self) -> DataConfig:
+        """The data with every record in them, whatever training would say of it: a scan lists them all."""
+        return replace(self.data, on_bad_record=OnBad.skip)

@@ -23,7 +23,21 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Record: ...
+    def __getitem__(self, index: int) -> Record:
+        """The record.
+
+        Raises:
+            UserError: it cannot be understood; names its file and place.
+        """
+        ...
+
+    def check_records(self) -> None:
+        """Refuses a source some of whose records are known, without reading one, not to be understood.
+
+        Raises:
+            UserError: what `self[index]` raises for the first of them, and how many there are.
+        """
+        ...
 
     def record_id(self, index: int) -> str:
         """The id of that record, without reading the rest."""
@@ -41,7 +55,6 @@ class SourceConfig(Schema):
         """Reads the annotations (once; an Arrow copy is kept in `cache_dir`).
 
         Raises:
-            UserError: file or folder missing, not in the expected layout, or a record that cannot be understood,
-                named by file and position.
+            UserError: file or folder missing, or not in the expected layout.
         """
         raise NotImplementedError

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from anchorformer.errors import UserError
-from data.annotations import AnnotationFile, RecordError, image_path, text_of
+from data.annotations import AnnotationFile, RecordError, id_of, image_path, text_of
 from data.arrow import ArrowSource
 from data.record import ImageRef, Record, Role, Turn
 from data.sources.local import IMAGE, LocalSourceConfig
@@ -51,8 +51,10 @@ class DocvqaConfig(LocalSourceConfig):
         if answers:
             turns.append(Turn(Role.assistant, answers[0]))
         types = raw.get("question_types") or []
+        if not isinstance(types, list):
+            raise RecordError(f"'question_types' is {types!r}, not a list")
         return Record(
-            id=str(raw.get("questionId", f"#{position}")),
+            id=id_of(raw, "questionId", position),
             images=(ImageRef(path=Path(image_path(raw.get("image")))),),
             turns=tuple(turns),
             references=tuple(answers),

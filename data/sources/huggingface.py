@@ -13,7 +13,7 @@ import datasets
 
 from anchorformer.errors import UserError
 from anchorformer.schema import to_plain
-from data.annotations import RecordError
+from data.annotations import RecordError, check_text
 from data.record import ImageRef, Record, Role, Turn
 from data.sources.base import SourceConfig
 from data.sources.local import IMAGE
@@ -129,11 +129,15 @@ class HuggingfaceSource:
         column = self._config.id
         return f"#{index}" if column is None else f"{self._rows.select_columns([column])[index][column]}#{index}"
 
+    def check_records(self) -> None:
+        """Nothing: a row is first looked at when it is read."""
+
     def __getitem__(self, index: int) -> Record:
-        row = self._rows[index]
         try:
-            return self._record(row, self.record_id(index))
-        except RecordError as error:
+            record = self._record(self._rows[index], self.record_id(index))
+            check_text(record)
+            return record
+        except (RecordError, UnicodeDecodeError) as error:  # a column of text need not be UTF-8
             raise UserError(
                 f"{self.name}: row {index} of {self._config.dataset} cannot be used",
                 found=error,
@@ -162,6 +166,8 @@ class HuggingfaceSource:
             return ImageRef(data=item["bytes"])
         if not item.get("path"):
             raise RecordError(f"an image holds neither bytes nor a path: {item}")
+        if "\0" in item["path"]:
+            raise RecordError(f"image path is {item['path']!r}, not a file name")
         return ImageRef(path=self._root / item["path"], roots=(self._root,))
 
 
@@ -170,10 +176,12 @@ def _turns(conversations: Any) -> tuple[Turn, ...]:
         raise RecordError(f"the conversation is {conversations!r}, not a list of turns")
     turns = []
     for turn in conversations:
-        speaker, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-        if speaker not in SPEAKERS or not isinstance(text, str):
+        spoken = turn if isinstance(turn, dict) else {}
+        role = SPEAKERS.get(str(spoken.get("from", spoken.get("role"))))
+        text = spoken.get("value", spoken.get("content"))
+        if role is None or not isinstance(text, str):
             raise RecordError(f"not a turn of {', '.join(SPEAKERS)} with text: {str(turn)[:80]}")
-        turns.append(Turn(SPEAKERS[speaker], text))
+        turns.append(Turn(role, text))
     return tuple(turns)
 
 

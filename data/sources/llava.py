@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.annotations import AnnotationFile, RecordError, image_path, text_of
+from data.annotations import AnnotationFile, RecordError, id_of, image_path, text_of
 from data.arrow import ArrowSource
 from data.record import ImageRef, Record, Role, Turn
 from data.sources.local import LocalSourceConfig
@@ -33,15 +33,15 @@ def _parse(raw: dict[str, Any], position: int) -> Record:
     paths = [] if images is None else images if isinstance(images, list) else [images]
     conversations = raw.get("conversations")
     if not isinstance(conversations, list) or not conversations:
-        raise RecordError(f"'conversations' is {conversations!r}, not a list of turns")
+        raise RecordError(f"'conversations' is {str(conversations)[:80]!r}, not a list of turns")
     turns = [Turn(Role.system, text_of(raw, "system_prompt"))] if raw.get("system_prompt") else []
     for turn in conversations:
-        role = ROLES.get(turn.get("from", "")) if isinstance(turn, dict) else None
+        role = ROLES.get(str(turn.get("from"))) if isinstance(turn, dict) else None
         if role is None:
             raise RecordError(f"a turn's 'from' is none of {', '.join(ROLES)}: {str(turn)[:80]}")
         turns.append(Turn(role, text_of(turn, "value")))
     return Record(
-        id=str(raw.get("id", f"#{position}")),
+        id=id_of(raw, "id", position),
         images=tuple(ImageRef(path=Path(image_path(path))) for path in paths),
         turns=tuple(turns),
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.annotations import AnnotationFile, RecordError, image_path, text_of
+from data.annotations import AnnotationFile, RecordError, id_of, image_path, text_of
 from data.arrow import ArrowSource
 from data.record import ImageRef, Record, Role, Turn
 from data.sources.local import IMAGE, LocalSourceConfig
@@ -37,7 +37,7 @@ class VqaConfig(LocalSourceConfig):
             turns.append(Turn(Role.assistant, answers[0]))
         kind = raw.get("kind")
         return Record(
-            id=str(raw.get("question_id", f"#{position}")),
+            id=id_of(raw, "question_id", position),
             images=(ImageRef(path=Path(image_path(raw.get("image")))),),
             turns=tuple(turns),
             references=tuple(answers),

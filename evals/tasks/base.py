@@ -60,6 +60,7 @@ class TaskConfig(Schema):
         remedy = f"correct {place} on the command line or in conf/eval/{name}.yaml"
         config = parse_plugin(SourceConfig, self.source, SOURCES, place, remedy)
         source = config.open(name, root, cache_dir)
+        source.check_records()
         count = len(source) if limit is None else min(limit, len(source))
         return [question(source[index * len(source) // count]) for index in range(count)]
 

@@ -21,13 +21,13 @@ from anchorformer.schema import parse, parse_plugin
 from anchorformer.template_names import TEMPLATE_NAMES
 from data.__main__ import compose_scan, main
 from data.config import DataConfig
-from data.examine import Defect
 from data.folders import processor_folder
 from data.loader import Loader
 from data.processor import open_processor
 from data.scan import samples, scan
 from data.scan_config import ScanConfig, TemplateName
 from data.sources.base import PACKAGE, SourceConfig
+from data.verdicts import Defect
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -77,7 +77,7 @@ EXPECTED = {
     ("missing", Defect.missing), ("truncated", Defect.unreadable), ("zero", Defect.unreadable),
     ("gif", Defect.mislabelled), ("cmyk", Defect.mode), ("dot", Defect.tiny), ("bomb", Defect.oversized),
     ("turned", Defect.rotated), ("twin", Defect.duplicate_image), ("sly", Defect.outside), ("marks", Defect.mismatch),
-    ("lost", Defect.mismatch),
+    ("lost", Defect.imageless),
     ("good~2", Defect.duplicate_id), ("silent", Defect.empty_answer), ("asks", Defect.no_targets),
     ("long", Defect.too_long), ("twice", Defect.refused),
 }  # fmt: skip
@@ -118,7 +118,7 @@ def test_a_null_image_under_a_placeholder(processor: AnchorFormerProcessor, tmp_
     values = {"root": str(tmp_path), "sources": {"hf": spec}, "cache_dir": str(tmp_path / "cache")}
     report = scan(ScanConfig(data=parse(DataConfig, values, "data"), processor="p"), processor)
     found = [(name, finding.defect, finding.detail) for _, name, finding in report.findings]
-    assert found == [("#1", Defect.mismatch, "1 <image>, 0 image(s)")]
+    assert found == [("#1", Defect.imageless, "1 <image>, 0 image(s)")]
 
 
 def test_shown_samples_mark_what_is_supervised(

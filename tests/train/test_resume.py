@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from anchorformer.errors import UserError
-from data.config import OnBadImage
+from data.config import OnBad
 from tests.train.cases import ALIGN, FINETUNE, run_config
 from tests.train.ranks import Ranks, RanksFailed
 from train import checkpoint, rank, trainer
@@ -233,7 +233,7 @@ def test_changed_data_are_refused(make_run: MakeRun, tiny_data: Path, tmp_path: 
 
 def test_bad_image_policy_may_change_on_resumption() -> None:
     config = run_config(ALIGN)
-    lenient = replace(config, data=replace(config.data, on_bad_image=OnBadImage.skip, max_dropped_share=0.5))
+    lenient = replace(config, data=replace(config.data, on_bad_image=OnBad.skip, max_dropped_share=0.5))
     assert numbers_digest(lenient) == numbers_digest(config)
 
 
