@@ -55,6 +55,16 @@ def test_padding(width: int, height: int) -> None:
     assert torch.equal(tile, expected)
 
 
+@settings(max_examples=40, deadline=None)
+@given(width=st.integers(1, 90), height=st.integers(1, 90), side=st.integers(1, 80))
+def test_resizing_in_two_steps_gives_the_bytes_of_padding_first(width: int, height: int, side: int) -> None:
+    """Wide images are shortened along their rows before they are padded; published is to pad, then to resize."""
+    image, square = noise(width, height), Image.new("RGB", (max(width, height),) * 2, FILL)
+    square.paste(image, ((square.width - width) // 2, (square.height - height) // 2))
+    expected = np.array(square.resize((side, side), Image.Resampling.BICUBIC))
+    assert torch.equal(ImageTransform(side, FILL)(image), torch.from_numpy(expected).permute(2, 0, 1))
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16"])
 def test_every_mode(mode: str) -> None:
     image = Image.new("L", (5, 9), 3).convert("I").convert(mode) if mode == "I;16" else noise(5, 9).convert(mode)
