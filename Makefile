@@ -14,7 +14,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PYTHONPATH := $(CURDIR)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install train train-full test faults test-slow test-gpu test-compat lint format clean
+.PHONY: help install train train-full test faults chaos test-slow test-gpu test-compat lint format clean
 
 help: ## list all targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -53,6 +53,9 @@ test: install ## the CPU suite (at most 10 minutes)
 
 faults: install ## ranks that are killed, stopped, cut off or wrong (at most 10 minutes)
 	@$(PY) -m pytest -m faults
+
+chaos: install ## both stages under dozens of kills, compared to the bit (at most 20 minutes)
+	@$(PY) -m pytest -m chaos
 
 test-slow: install ## the complete products and everything longer (at most 25 minutes)
 	@$(PY) -m pytest -m "slow and not gpu"

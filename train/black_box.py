@@ -102,8 +102,9 @@ def first_to_fail(folder: RunFolder, exit_codes: Mapping[int, int]) -> tuple[int
     """
     boxes = sorted((json.loads(path.read_text()) for path in folder.black_boxes.glob("rank_*.json")), key=_time)
     causes = [box for box in boxes if box["cause"] != LOST]
-    # A rank that was killed has left no box; where others tell of a cause, it is the agent that has killed it since.
-    killed = [rank for rank, code in exit_codes.items() if code < 0 and rank not in {box["rank"] for box in boxes}]
+    told = {box["rank"] for box in boxes}
+    # A rank that was killed has left no box. By SIGTERM, or where others tell of a cause, it was the agent that did it.
+    killed = [rank for rank, code in exit_codes.items() if code < 0 and code != -signal.SIGTERM and rank not in told]
     if killed and not causes:
         rank, number = killed[0], signal.Signals(-exit_codes[killed[0]])
         hint = " (the kernel does so when memory runs out)" if number is signal.SIGKILL else ""
@@ -116,7 +117,7 @@ def first_to_fail(folder: RunFolder, exit_codes: Mapping[int, int]) -> tuple[int
         first_line = next(iter(box["message"].splitlines()), "no message")
         who = f"rank {report.rank}" if box["cause"] == HUNG else str(report)
         return report.rank, f"{who}: {box['cause']}: {first_line}"
-    rank, code = next(iter(exit_codes.items()))
+    rank, code = next((item for item in exit_codes.items() if item[1] > 0), next(iter(exit_codes.items())))
     return rank, f"rank {rank}: ended with {code} before it could say why"
 
 

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,13 +100,18 @@ def ended() -> Iterator[Callable[[Launched], Launched]]:
 
 @pytest.fixture
 def launch(ended: Callable[[Launched], Launched]) -> Launch:
-    """`launch(folder, fault, rank, step)` starts a run's ranks on this machine, under the real agent."""
+    """`launch(folder, fault, rank, step)` starts a run's ranks on this machine, under the real agent.
 
-    def start(folder: RunFolder, fault: str = "none", rank: int = 1, step: int = 0) -> Launched:
+    `program` takes the place of a rank and of its fault.
+    """
+
+    def start(
+        folder: RunFolder, fault: str = "none", rank: int = 1, step: int = 0, program: Sequence[str] | None = None
+    ) -> Launched:
         config = folder.read_config()
         argv = command(folder.path, config, Topology())
         where = argv.index("train.rank")
-        argv[where - 1 : where + 1] = [str(PLANTED), fault, str(rank), str(step)]
+        argv[where - 1 : where + 1] = program or [str(PLANTED), fault, str(rank), str(step)]
         process = subprocess.Popen(
             argv, cwd=ROOT, env=environment(config, os.environ), text=True, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

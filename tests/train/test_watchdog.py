@@ -169,6 +169,7 @@ def test_the_first_to_fail_is_named(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     rank, line = first_to_fail(folder, {1: 1})
     assert (rank, line) == (1, "rank 1: ended with 1 before it could say why")
+    assert first_to_fail(folder, {0: -15, 1: 1}) == (rank, line), "the agent has ended rank 0 because of rank 1"
     lost = RuntimeError("Connection closed by peer")
     leave_box(folder, 0, lost)
     report(1, Phase.compute).write(report_path(folder.black_boxes, 1))
