@@ -13,8 +13,8 @@ class Verdict(Enum):
     record_rule = "data.on_bad_record: error, or left out of the mixture and counted"
     length_rule = "data.overlength: error, left out and counted, or its answer is shortened"
     left_out = "left out of the mixture and counted"
-    doubtful = "used, its `<image>` as text; scan counts it as bad, because a lost image looks the same"
-    used = "used as it stands; scan tells"
+    doubtful = "used, `<image>` as text; counted as bad, because a lost image looks the same"
+    used = "used as it stands, and reported"
 
 
 class Defect(str, Enum):
@@ -36,7 +36,7 @@ class Defect(str, Enum):
         "no bytes, broken off, a git-LFS pointer, a folder, a pipe, links in a circle, another format than "
         "JPEG, PNG, WebP, GIF, BMP, TIFF and PPM",
     )  # fmt: skip
-    oversized = "image oversized", Verdict.image_rule, "a side above 11,585 pixels (20k x 20k, a bomb): its square is"
+    oversized = "image oversized", Verdict.image_rule, "a side above 11,585 pixels: 20k x 20k, a bomb, a long strip"
     malformed = (
         "record not understood", Verdict.record_rule,
         "an unknown role, a value of another type, half of a surrogate pair, an image path that is absolute or has "
