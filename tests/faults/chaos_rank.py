@@ -16,7 +16,8 @@ from train.progress import Phase, Progress
 IN_STEPS = (Phase.data.name, Phase.exchange.name, Phase.compute.name, Phase.update.name)
 WRITTEN, RENAMED = "written", "renamed"
 """Inside of a save: behind the engine's files; behind the rename, before `latest` names it (rank 0 only)."""
-POINTS = (*IN_STEPS, Phase.save.name, WRITTEN, RENAMED)
+IN_SAVE = (Phase.save.name, WRITTEN, RENAMED)
+AT_END = Phase.export.name
 
 
 class Schedule:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults.chaos_rank import POINTS, RENAMED
+from tests.faults.chaos_rank import AT_END, IN_SAVE, IN_STEPS, RENAMED
 from tests.faults.conftest import Launch
 from tests.faults.planted import run_whole
 from tests.train.cases import ALIGN, FINETUNE
@@ -24,19 +24,18 @@ INTERVAL = 2
 
 
 def draw(kills: int, seed: int) -> list[dict[str, Any]]:
-    """One kill in each interval; where it lies behind COMPLETE, the next interval is spared."""
+    """One kill in each interval, and one in the export; where one lies behind COMPLETE, the next interval is spared."""
     random_numbers = random.Random(seed)
     drawn: list[dict[str, Any]] = []
     interval = 0
-    while len(drawn) < kills:
-        point = random_numbers.choice(POINTS)
+    while len(drawn) < kills - 1:
+        point = random_numbers.choice(IN_STEPS + IN_SAVE)
         last = (interval + 1) * INTERVAL
-        is_in_save = point in POINTS[-3:]
-        step = last if is_in_save else random_numbers.randint(last - INTERVAL + 1, last)
+        step = last if point in IN_SAVE else random_numbers.randint(last - INTERVAL + 1, last)
         rank = 0 if point == RENAMED else random_numbers.randrange(2)
         drawn.append({"rank": rank, "point": point, "step": step})
         interval += 2 if point == RENAMED else 1
-    return drawn
+    return [*drawn, {"rank": random_numbers.randrange(2), "point": AT_END, "step": (interval + 1) * INTERVAL}]
 
 
 def stages(
@@ -69,7 +68,7 @@ def test_killed_again_and_again(
     make_run: MakeRun, launch: Launch, pair: Ranks, tmp_path: Path, kills: int, zero: int
 ) -> None:
     schedules = [draw(kills // 2, seed=kills), draw(kills - kills // 2, seed=kills + 1)]
-    lengths = tuple(schedule[-1]["step"] + INTERVAL for schedule in schedules)
+    lengths = schedules[0][-1]["step"], schedules[1][-1]["step"]
     whole = stages(make_run, "whole", lengths, zero, 0)
     for run in whole:
         pair.run(run_whole, folder=str(run.path))
@@ -83,7 +82,7 @@ def test_killed_again_and_again(
         assert starts[0] == 0
         assert len(starts) == 1 + len(schedule)
         for kill, start in zip(schedule, starts[1:], strict=True):
-            taken = kill["step"] - (kill["point"] not in POINTS[-3:])
+            taken = kill["step"] - (kill["point"] in IN_STEPS)
             assert 0 <= taken - start <= INTERVAL, (kill, start)
     for run, other in zip(killed, whole, strict=True):
         assert run.done.exists()
