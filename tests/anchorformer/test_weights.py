@@ -148,3 +148,13 @@ def test_folder_without_manifest_is_no_model_folder(folder: Path) -> None:
 def test_manifest_lists_every_file(tiny_folder: Path) -> None:
     listed = set(read_manifest(tiny_folder))
     assert listed == {path.name for path in tiny_folder.iterdir()} - {MANIFEST}
+
+
+def test_an_invalid_generation_config_is_found(folder: Path) -> None:
+    """transformers refuses to save one, which would be met behind the last step."""
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"temperature": 0.9}))
+    write_manifest(folder)
+    with pytest.raises(UserError, match=r"generation_config\.json is not valid") as caught:
+        check_folder(folder)
+    assert "temperature" in caught.value.found

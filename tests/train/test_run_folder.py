@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from anchorformer.errors import UserError
@@ -22,6 +23,7 @@ from train import environment, lock
 from train.checkpoint import retention, seal
 from train.distributed import alone
 from train.engine.files import Files
+from train.engine.universal import convert
 from train.folder import RunFolder
 from train.identity import Identity, check_ranks_agree, check_same_run
 from train.verbs import checkpoint as verb
@@ -176,6 +178,17 @@ def test_a_malicious_pickle_is_not_run(copied: RunFolder, tmp_path: Path) -> Non
     assert seal.damage(step, alone()) == "mp_rank_00_model_states.pt is not on its list of files"
     with pytest.raises(UserError, match="was not loaded"):
         Files().load(str(bad))
+    assert not trap.exists()
+
+
+def test_a_malicious_pickle_is_not_run_by_the_converter(tmp_path: Path) -> None:
+    """Which reads with `weights_only=False`, but for the variable that it is started with."""
+    source, trap = tmp_path / "step", tmp_path / "trap"
+    source.mkdir()
+    torch.save({"optimizer_state_dict": Malicious(trap)}, source / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    with pytest.raises(UserError, match="cannot be converted") as caught:
+        convert(source, tmp_path / "universal")
+    assert "Weights only load failed" in caught.value.found
     assert not trap.exists()
 
 
