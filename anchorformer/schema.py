@@ -12,7 +12,7 @@ import importlib
 from collections.abc import Iterator, Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import pydantic
 
@@ -116,8 +116,9 @@ def _describe(cls: type, problem: Any) -> tuple[str, str]:
     path = [str(part) for part in problem["loc"]]
     name = ".".join(path)
     if problem["type"] == "unexpected_keyword_argument":
-        near = difflib.get_close_matches(path[-1], list(_keys(cls)), n=1)
-        return f"unknown key '{name}'", f"'{near[0]}'?" if near else f"one of {sorted(_top_keys(cls, path))}"
+        beside = [field.name for field in dataclasses.fields(_owner(cls, path))]
+        near = [close for names in (beside, _keys(cls)) for close in difflib.get_close_matches(path[-1], [*names], n=1)]
+        return f"unknown key '{name}'", f"'{near[0]}'?" if near else f"one of {sorted(beside)}"
     if problem["type"] in ("missing_argument", "missing"):
         return f"'{name}' is missing", f"a value for '{name}'"
     return f"{name}={problem['input']!r}", problem["msg"]
@@ -131,13 +132,16 @@ def _keys(cls: type) -> Iterator[str]:
             yield from _keys(hint)
 
 
-def _top_keys(cls: type, path: list[str]) -> list[str]:
+def _owner(cls: type, path: list[str]) -> type:
+    """The dataclass that a path's last part was meant to be a field of; mappings may lie on the way."""
+    owner, hint = cls, cls
     for part in path[:-1]:
-        hint = _field_type(cls, part)
-        if not (isinstance(hint, type) and dataclasses.is_dataclass(hint)):
+        hint = get_args(hint)[1] if get_origin(hint) is dict else _field_type(hint, part)
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            owner = hint
+        elif get_origin(hint) is not dict:
             break
-        cls = hint
-    return [field.name for field in dataclasses.fields(cls)]
+    return owner
 
 
 def _field_type(cls: type, name: str) -> Any:

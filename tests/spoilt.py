@@ -1,4 +1,4 @@
-"""What is planted in data by name: images and records, each with the defect that `data.verdicts` has for it, or none."""
+"""What is planted in data, by name: images and records, each with the defect that `data.verdicts` has for it."""
 
 from __future__ import annotations
 
