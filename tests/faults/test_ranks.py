@@ -191,6 +191,20 @@ def test_numbers_that_cannot_be_trained_on_halt_all_ranks(make_run: MakeRun, lau
     assert steps_saved(run) == [4]
 
 
+def test_a_step_of_two_ranks_is_replayed(make_run: MakeRun, pair: Ranks) -> None:
+    run = make_run("recorded", FINETUNE, **{**PAIR, "stage__max_steps": 6})
+    pair.run(run_whole, folder=str(run.path))
+    written = {path: path.stat().st_mtime_ns for path in run.path.rglob("*") if path.is_file()}
+    done = subprocess.run(
+        [sys.executable, "-m", "train", "replay", str(run.path), "step=6"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "step-00000004 after step 4" in done.stdout
+    assert f"step 6 is reproduced to the bit: loss {record(run)[5]['loss']!r}" in done.stdout
+    after = {path: path.stat().st_mtime_ns for path in run.path.rglob("*") if path.is_file()}
+    assert {path: time for path, time in after.items() if run.path / "replay" not in path.parents} == written
+
+
 def test_a_slow_rank_is_named_and_waited_for(make_run: MakeRun, launch: Launch) -> None:
     run = make_run("slow", FINETUNE, **PAIR)
     output = launch(run, "slow", rank=1).ends_with(0)
