@@ -15,11 +15,11 @@ from anchorformer.contracts import Batch
 from anchorformer.errors import UserError
 from tests.train.cases import ALIGN, run_config
 from train import precision
-from train.identity import numbers_digest
 from train.config import CheckpointConfig, Device, LogConfig, Part, Precision
 from train.distributed import World, alone, choose_device
 from train.facts import StepFacts, gather_facts
 from train.folder import RunFolder
+from train.identity import numbers_digest
 from train.metrics import Console, MetricsFile, read_lines, step_record
 from train.trainer import seed_step
 
