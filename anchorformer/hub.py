@@ -10,18 +10,25 @@ from typing import Any, TypeVar
 import tokenizers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from transformers.activations import ACT2FN
 
 from anchorformer.errors import UserError
 
 T = TypeVar("T")
 
-TOKENIZER = "tokenizer.json"
+CONFIG, TOKENIZER, TOKENIZER_CONFIG = "config.json", "tokenizer.json", "tokenizer_config.json"
 INDEX = "model.safetensors.index.json"
 DESCRIPTIONS = (
-    "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
-    "tokenizer_config.json", TOKENIZER, INDEX,
+    CONFIG, "generation_config.json", "preprocessor_config.json", "processor_config.json", TOKENIZER_CONFIG, TOKENIZER,
+    INDEX,
 )  # fmt: skip
 """Files of a Hugging Face folder that hold one JSON object each; what is behind them takes that for granted."""
+
+SIZES = (
+    "hidden_size", "image_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
+    "patch_size", "vocab_size",
+)  # fmt: skip
+"""Values of config.json that models divide by and count with."""
 
 
 def load(role: str, name: str | Path, loader: Callable[..., T], **options: Any) -> T:
@@ -38,7 +45,7 @@ def load(role: str, name: str | Path, loader: Callable[..., T], **options: Any) 
     is_path = name.startswith(("/", ".", "~"))
     try:
         if Path(name).is_dir():
-            _check_files(Path(name))
+            check_files(Path(name))
         elif is_path:
             raise FileNotFoundError("no such folder")
         return loader(name, trust_remote_code=False, **options)
@@ -112,14 +119,45 @@ def read_weight_map(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_files(folder: Path) -> None:
+def check_files(folder: Path) -> None:
+    """Looks for values in a Hugging Face folder that what is behind them trips over without saying where they stand.
+
+    Raises:
+        UserError: naming the file, and the value where it is one.
+    """
     for name in DESCRIPTIONS:
         if (folder / name).is_file():
             read_object(folder / name)
+    if (folder / CONFIG).is_file():
+        _check_config(folder / CONFIG)
+    if (folder / TOKENIZER_CONFIG).is_file():
+        _check_tokenizer_config(folder / TOKENIZER_CONFIG)
     if (folder / INDEX).is_file():
         read_weight_map(folder)
     if (folder / TOKENIZER).is_file():
         _check_tokenizer(folder / TOKENIZER)
+
+
+def _check_config(path: Path) -> None:
+    content = read_object(path)
+    values = dict(content)
+    for part in ("vision_config", "text_config"):
+        inner = content.get(part)
+        values |= {f"{part}.{key}": value for key, value in (inner if isinstance(inner, dict) else {}).items()}
+    for name, value in values.items():
+        key = name.rpartition(".")[2]
+        if key in SIZES and isinstance(value, int) and value < 1:
+            raise _damaged(path, f"{name}: {value}", "1 or more")
+        if key == "hidden_act" and (not isinstance(value, str) or value not in ACT2FN):
+            raise _damaged(path, f"{name}: {json.dumps(value)[:60]}", "an activation that transformers knows")
+
+
+def _check_tokenizer_config(path: Path) -> None:
+    tokens = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), (str, dict))
+    allowed = {**tokens, "tokenizer_class": (str,)}
+    for key, value in read_object(path).items():
+        if value is not None and key in allowed and not isinstance(value, allowed[key]):
+            raise _damaged(path, f"{key}: {json.dumps(value)[:60]}", "text")
 
 
 def _check_tokenizer(path: Path) -> None:

@@ -43,6 +43,12 @@ def parse(cls: type[T], values: Mapping[str, Any], where: str, remedy: str = REM
     Raises:
         UserError: naming every offending key, and for an unknown one the nearest valid key.
     """
+    if not isinstance(values, Mapping):
+        raise UserError(
+            f"{where}: no {cls.__name__}", found=f"{type(values).__name__}: {str(values)[:60]}",
+            expected=f"keys and values: {', '.join(field.name for field in dataclasses.fields(cls))}",  # type: ignore[arg-type]
+            remedy=remedy,
+        )  # fmt: skip
     try:
         return pydantic.TypeAdapter(cls).validate_python(dict(values))
     except pydantic.ValidationError as error:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -24,7 +24,7 @@ from transformers import GenerationConfig, ProcessorMixin
 
 from anchorformer.configuration import AnchorFormerConfig
 from anchorformer.errors import UserError
-from anchorformer.hub import INDEX, read_mapping, read_weight_map
+from anchorformer.hub import CONFIG, INDEX, check_files, read_mapping, read_object, read_weight_map
 from anchorformer.modeling import AnchorFormerForConditionalGeneration, parse_parts
 from anchorformer.schema import plugin_to_plain
 
@@ -120,6 +120,8 @@ def check_folder(
                 f"model folder {folder} is damaged at {name}", found="another sha256 than the manifest's",
                 expected=entry["sha256"], remedy="restore the file or write the folder again",
             )  # fmt: skip
+    check_files(folder)
+    _check_type(folder)
     _check_generation(folder)
     config = AnchorFormerConfig.from_pretrained(folder)
     wanted_parts = parse_parts(selector or config.selector, connector or config.connector)
@@ -171,8 +173,14 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor, read from the shards' headers alone."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name in sorted(set(read_index(folder).values())):
-        with safe_open(folder / name, framework="pt") as shard:
-            shapes |= {key: tuple(shard.get_slice(key).get_shape()) for key in shard.keys()}  # noqa: SIM118
+        try:
+            with safe_open(folder / name, framework="pt") as shard:
+                shapes |= {key: tuple(shard.get_slice(key).get_shape()) for key in shard.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{folder / name} cannot be read", found=error, expected="a safetensors file",
+                remedy="restore the file or write the folder again; a clone without git-lfs holds pointers",
+            ) from None  # fmt: skip
     return shapes
 
 
@@ -260,6 +268,16 @@ def _compare(what: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[
             ) + f" ({len(missing)} missing, {len(extra)} unknown, {len(other)} of another shape)",
             expected="; ".join(f"{name} {expected[name]}" for name in (missing + other)[:3]) or "no unknown tensors",
             remedy="start from a folder that was written for this selector and connector",
+        )  # fmt: skip
+
+
+def _check_type(folder: Path) -> None:
+    _check_present(folder / CONFIG)
+    found = read_object(folder / CONFIG).get("model_type")
+    if found != AnchorFormerConfig.model_type:
+        raise UserError(
+            f"{folder} holds another kind of model", found=f"model_type={found!r}",
+            expected=AnchorFormerConfig.model_type, remedy="assemble it with `python -m anchorformer.assemble` first",
         )  # fmt: skip
 
 

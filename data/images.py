@@ -40,4 +40,4 @@ def load(ref: ImageRef) -> Image.Image:
     Raises:
         UserError: what `locate` raises; or the file is missing, unreadable, damaged or too large.
     """
-    return open_image(locate(ref))
+    return open_image(locate(ref), name=None if ref.path is None else str(ref.path))

@@ -71,7 +71,7 @@ def _cut(format: str) -> bytes:
 
 
 def _frames() -> bytes:
-    return encoded("GIF", "P", save_all=True, append_images=[Image.new("P", (40, 30), shade) for shade in (5, 9)])
+    return encoded("GIF", save_all=True, append_images=[Image.new("RGB", (40, 30), (shade, 0, 9)) for shade in (5, 99)])
 
 
 IMAGES: dict[str, tuple[str, Plant, Defect | None]] = {

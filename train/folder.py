@@ -83,11 +83,12 @@ class RunFolder:
             UserError: neither is there.
         """
         pointer = self.path / "start.txt"
-        if pointer.is_file():
+        if pointer.is_file() and pointer.stat().st_size:
             return Path(pointer.read_text().splitlines()[0])
         if not (self.path / "start").is_dir():
             raise UserError(
-                f"run {self.path} has nothing to start from", found="neither start/ nor start.txt",
+                f"run {self.path} has nothing to start from",
+                found="an empty start.txt" if pointer.is_file() else "neither start/ nor start.txt",
                 expected="a model folder prepared before the ranks were started",
                 remedy="start the run with `python -m train`",
             )  # fmt: skip
@@ -110,7 +111,15 @@ class RunFolder:
                 f"{self.path} is not a run folder", found="no config.yaml",
                 expected="a folder made by `python -m train`", remedy="start the run with `python -m train`",
             )  # fmt: skip
-        return parse(RunConfig, yaml.safe_load(self.config.read_text()), str(self.config))
+        try:
+            values = yaml.safe_load(self.config.read_bytes())
+        except yaml.YAMLError as error:
+            raise UserError(
+                f"{self.config} cannot be read", found=" ".join(str(error).split())[:300],
+                expected="the YAML that the run was started with",
+                remedy="restore the file; a run's values are changed on its command line, not in its folder",
+            ) from None  # fmt: skip
+        return parse(RunConfig, values, str(self.config))
 
     def write_sealed(self, texts: Mapping[str, str]) -> None:
         """Writes files whose contents `check_seal` will ask for; a kill at any moment leaves a folder that passes.
@@ -157,7 +166,13 @@ class RunFolder:
     def _sealed(self) -> dict[str, list[str]]:
         if not self.seal.is_file():
             return {}
-        return {str(name): list(digests) for name, digests in json.loads(self.seal.read_text()).items()}
+        try:
+            return {str(name): list(digests) for name, digests in json.loads(self.seal.read_bytes()).items()}
+        except (ValueError, AttributeError, TypeError):
+            raise UserError(
+                f"{self.seal} cannot be read", found="no list of hashes", expected="the file as the run left it",
+                remedy="restore it, or start a new run with init_from",
+            ) from None  # fmt: skip
 
     def _write_seal(self, sealed: Mapping[str, Sequence[str]]) -> None:
         write_atomically(self.seal, json.dumps(sealed, indent=2, sort_keys=True) + "\n")

@@ -132,7 +132,7 @@ OVERRIDES = [
     _override(TRAIN, "optim.lrr=1", "stage=align", says=("unknown key 'optim.lrr'",)),
     _override(TRAIN, "+optim.lrr=1", "stage=align", says=("unknown key 'optim.lrr'",)),
     _override(TRAIN, "stage.global_bach=4", "stage=align", says=("'stage.global_batch'?",)),
-    _override(TRAIN, "deepspeed.zero_optimization.stge=3", "stage=align", says=("unknown key 'deepspeed.zero_optimization.stge'",)),
+    _override(TRAIN, "deepspeed.zero_optimization.stge=3", "stage=align", says=("unknown key 'deepspeed.zero",)),
     _override(TRAIN, "global_batch=4", "stage=align", says=("'stage.global_batch'?",)),
     _override(TRAIN, "stage.global_batch=4,8", "stage=align", says=("several values", "[4,8]")),
     _override(TRAIN, "--stage", "align", says=("stage=align, without dashes",)),
