@@ -46,20 +46,25 @@ PARSERS = {
 KEYS = ("id", "image", "conversations", "system_prompt", "from", "value", "question_id", "questionId", "question",
         "answer", "answers", "question_types", "kind", "imgname", "query", "label")  # fmt: skip
 
-# With halves of surrogate pairs, which JSON can hold and UTF-8 cannot.
-ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=8)
+# JSON can hold halves of surrogate pairs, and UTF-8 cannot.
+ANY_TEXT = st.text(max_size=8) | st.sampled_from(["\ud83d", "a\udc00b", "<image>", "\0", "</s>"])
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | ANY_TEXT
     | st.sampled_from(["<image>", "human", "gpt", "a.png", "../a", "/etc/passwd", "a\0"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS) | ANY_TEXT, inner, max_size=4),
     max_leaves=12,
 )  # fmt: skip
-SPOKEN = st.lists(st.fixed_dictionaries({"from": st.sampled_from(["human", "gpt", "system"]) | ANYTHING,
-                                         "value": ANY_TEXT | ANYTHING}), max_size=4)  # fmt: skip
-ENTRIES = ANYTHING | st.fixed_dictionaries({}, optional={
-    **dict.fromkeys(KEYS, ANYTHING), "conversations": SPOKEN | ANYTHING, "answers": st.lists(ANY_TEXT) | ANYTHING,
-    "image": ANY_TEXT | ANYTHING, "question": ANY_TEXT | ANYTHING, "query": ANY_TEXT,
+SPOKEN = st.lists(st.fixed_dictionaries({"from": st.sampled_from(["human", "gpt", "system"]), "value": ANY_TEXT}),
+                  min_size=1, max_size=4)  # fmt: skip
+PATHS = st.sampled_from(["a.png", "a/b.jpg", "\udc00.png", "a/../../b", "/etc/passwd"])
+# Right for every format at once, or as good as.
+SOUND = st.fixed_dictionaries({
+    **dict.fromkeys(("id", "question_id", "questionId"), ANY_TEXT | st.integers()),
+    **dict.fromkeys(("question", "query", "answer", "label"), ANY_TEXT), "answers": st.lists(ANY_TEXT, max_size=2),
+    **dict.fromkeys(("image", "imgname"), PATHS), "conversations": SPOKEN,
 })  # fmt: skip
+JUNK = st.dictionaries(st.sampled_from(KEYS), ANYTHING, max_size=2)
+ENTRIES = SOUND | ANYTHING | st.tuples(SOUND, JUNK).map(lambda both: both[0] | both[1])
 
 
 @pytest.mark.parametrize("form", sorted(PARSERS))
