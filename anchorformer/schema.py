@@ -46,7 +46,7 @@ def parse(cls: type[T], values: Mapping[str, Any], where: str, remedy: str = REM
     if not isinstance(values, Mapping):
         raise UserError(
             f"{where}: no {cls.__name__}", found=f"{type(values).__name__}: {str(values)[:60]}",
-            expected=f"keys and values: {', '.join(field.name for field in dataclasses.fields(cls))}",  # type: ignore[arg-type]
+            expected=f"keys and values: {', '.join(field.name for field in dataclasses.fields(cls))}",
             remedy=remedy,
         )  # fmt: skip
     try:

@@ -70,8 +70,8 @@ def usage() -> str:
     """How the command is written, with the configs and keys that there are."""
     return f"""usage: python -m data scan data=<config> data.root=<folder> processor=<run or model folder> [key=value]
 
-Reports missing, unreadable, mislabelled and oversized images, <image> counts that do not match, samples without
-targets, over-length samples and duplicates; prints samples with their supervised text in colour. Exits with 1 where
+Reports every defect of data/verdicts.py: images that are missing, unreadable, mislabelled or oversized, records that
+cannot be understood, <image> counts that do not match, samples without targets, over-length samples, duplicates; prints samples with their supervised text in colour. Exits with 1 where
 more than max_bad_share of the records cannot be used as they are, with 2 for a mistake in the command.
 
 {listed("configs:", options("data"), ",")}

@@ -10,8 +10,9 @@ from pydantic import Field
 
 from anchorformer.schema import Schema
 
-Count = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[int, Field(ge=0)]
+# Strict, or `true` would be a 1.
+Count = Annotated[int, Field(ge=1, strict=True)]
+NotNegative = Annotated[int, Field(ge=0, strict=True)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 

@@ -48,6 +48,8 @@ CONFIGS = [
     _run("batch_below_none", "stage.global_batch=-8", stage__global_batch=-8),
     _run("batch_of_text", "stage.global_batch='many'", "valid integer", stage__global_batch="many"),
     _run("batch_of_a_half", "stage.global_batch=1.5", "valid integer", stage__global_batch=1.5),
+    _run("batch_of_true", "stage.global_batch=True", "valid integer", stage__global_batch=True),
+    _run("seed_of_false", "seed=False", "valid integer", seed=False),
     _run("batch_that_ranks_do_not_divide", "8 samples over 3 rank(s)", "stage.global_batch=9", hardware__ranks=3),
     _run("batch_that_nodes_do_not_divide", "8 samples over 5", hardware__nodes=5),
     _run("epochs_and_steps", "epochs=1.0, max_steps=4", "exactly one", stage__epochs=1.0),
