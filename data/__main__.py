@@ -71,8 +71,9 @@ def usage() -> str:
     return f"""usage: python -m data scan data=<config> data.root=<folder> processor=<run or model folder> [key=value]
 
 Reports every defect of data/verdicts.py: images that are missing, unreadable, mislabelled or oversized, records that
-cannot be understood, <image> counts that do not match, samples without targets, over-length samples, duplicates; prints samples with their supervised text in colour. Exits with 1 where
-more than max_bad_share of the records cannot be used as they are, with 2 for a mistake in the command.
+cannot be understood, <image> counts that do not match, samples without targets, over-length samples, duplicates; prints
+samples with their supervised text in colour. Exits with 1 where more than max_bad_share of the records cannot be used
+as they are, with 2 for a mistake in the command.
 
 {listed("configs:", options("data"), ",")}
 {listed("keys:", defaults(ScanConfig))}
