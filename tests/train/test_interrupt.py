@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,13 +159,16 @@ while :; do sleep 0.05; done
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_a_script_is_one_to_its_run(tmp_path: Path, number: signal.Signals) -> None:
-    """And what would come behind an interrupted stage is not started."""
+    """And what would come behind an interrupted stage is not started.
+
+    A shell cannot trap what it was started to ignore, as a job in the background ignores INT and one under nohup HUP.
+    """
     calls, python = tmp_path / "calls", tmp_path / "python"
     python.write_text(SAVING)
     python.chmod(0o755)
     script = subprocess.Popen(
         [ROOT / "launch" / "two_stage.sh", "demo"], env={**os.environ, "PYTHON": str(python), "CALLS": str(calls)},
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, preexec_fn=partial(signal.signal, number, signal.SIG_DFL),
     )  # fmt: skip
     deadline = time.monotonic() + 20
     while not calls.with_suffix(".ready").exists() and time.monotonic() < deadline:
