@@ -37,7 +37,7 @@ def fuse(embeds_BSD: Tensor, input_ids_BS: Tensor, visual_XTD: Tensor, image_tok
 
 def _check_counts(mask_BS: Tensor, visual_XTD: Tensor) -> None:
     provided = visual_XTD.shape[0] * visual_XTD.shape[1]
-    if torch.is_grad_enabled() and mask_BS.device.type != "cpu":
+    if torch.is_grad_enabled() and mask_BS.device.type == "cuda":
         torch._assert_async(mask_BS.sum() == provided, "image placeholders and visual embeddings do not match")
         return
     placeholders = int(mask_BS.sum())

@@ -41,6 +41,9 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _supports_attention_backend = True
     _supports_sdpa = True
     _supports_flash_attn = True
+    accepts_loss_kwargs = False
+    """`forward` averages over its own targets; told otherwise, transformers' Trainer would not divide by the steps that
+    it accumulates."""
 
     config: AnchorFormerConfig
 
@@ -138,7 +141,7 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
             # A rank whose micro-batch is text only must still run the connector, or ZeRO's collectives go out of step.
             side = self.vision_tower.image_size
             blank = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=embeds_BSD.device)
-            embeds_BSD = embeds_BSD + 0.0 * self.encode_images(blank).sum().to(embeds_BSD.dtype)
+            embeds_BSD = embeds_BSD + (0.0 * self.encode_images(blank)).sum().to(embeds_BSD.dtype)
         return fuse(embeds_BSD, input_ids, embeds_BSD.new_zeros(0, 1, embeds_BSD.shape[-1]), self.image_token_id)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:

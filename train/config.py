@@ -220,7 +220,7 @@ class RunConfig(Schema):
     init_from: str | None = None
     """Run or model folder to start from; required by finetune, while align assembles a fresh model without it."""
     rehearse: bool = False
-    """Instead of the run: two of its steps and all that is around them, in a folder of their own; says what it proved."""
+    """Instead of the run: two of its steps and all around them, in a folder of their own; says what it proved."""
     resume: str = "never"
     """`never`, `auto` (newest complete checkpoint of this run) or a checkpoint folder."""
     output_root: str = "checkpoints"

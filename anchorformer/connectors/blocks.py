@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from anchorformer.connectors.fold import folded_key_values
@@ -25,8 +27,8 @@ class CrossAttention(nn.Module):
         inner = num_heads * head_width
         self.norm_media = Norm(width)
         self.norm_queries = Norm(width)
-        self.to_q = NormedLinear(width, inner, bias=False)
-        self.to_kv = NormedLinear(width, 2 * inner, bias=False)
+        self.to_q = NormedLinear(width, inner)
+        self.to_kv = NormedLinear(width, 2 * inner)
         self.to_out = nn.Linear(inner, width, bias=False)
 
     def key_values(self, media_BNV: Tensor) -> Tensor:
@@ -52,8 +54,8 @@ class FeedForward(nn.Module):
     def __init__(self, width: int, mult: int) -> None:
         super().__init__()
         self.norm = Norm(width)
-        self.up = NormedLinear(width, mult * width, bias=False)
-        self.down = GeluLinear(mult * width, width, bias=False)
+        self.up = NormedLinear(width, mult * width)
+        self.down = GeluLinear(mult * width, width)
 
     def forward(self, x_BTV: Tensor) -> Tensor:
         return cast(Tensor, self.down(self.up(x_BTV, *self.norm())))
@@ -69,14 +71,29 @@ class Norm(nn.LayerNorm):
         return self.weight.clone(), self.bias.clone()
 
 
-class NormedLinear(nn.Linear):
+class _Matrix(nn.Module):
+    """The weight of a linear without bias, initialised as `nn.Linear` does.
+
+    Not a subclass of it: what replaces or wraps linears (LoRA, quantisation) would leave out what stands in front.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+
+class NormedLinear(_Matrix):
     """A linear without bias that normalises its input first, and keeps that input only."""
 
-    def forward(self, x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
         return normed_linear(x, gain, shift, self.weight)
 
 
-class GeluLinear(nn.Linear):
+class GeluLinear(_Matrix):
     """A linear without bias that applies GELU to its input first, and keeps that input only."""
 
     def forward(self, x: Tensor) -> Tensor:

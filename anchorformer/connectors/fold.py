@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from anchorformer.kernels.normed_linear import normed_linear
 
 
-def folded_key_values(media_BNV: Tensor, norms: Sequence[nn.LayerNorm], linears: Sequence[nn.Linear]) -> list[Tensor]:
+def folded_key_values(media_BNV: Tensor, norms: Sequence[nn.LayerNorm], linears: Sequence[nn.Module]) -> list[Tensor]:
     """[linear(norm(media)) for each layer], (B, N, E) each, from media that are normalised once.
 
     All norms see the same media and differ in their affine part only, so
@@ -41,7 +41,7 @@ class _Fold(torch.autograd.Function):
         ctx.save_for_backward(*parameters)
         weight_LEV, gain_LV, shift_LV = _stack(parameters)
         folded_LEV = weight_LEV * gain_LV[:, None]
-        bias_LE = torch.einsum("lev,lv->le", weight_LEV, shift_LV)
+        bias_LE = (weight_LEV * shift_LV[:, None]).sum(-1)  # no product of matrices: autocast would round it
         dtype = parameters[0].dtype
         return folded_LEV.flatten(0, 1).to(dtype), bias_LE.flatten().to(dtype)
 
@@ -53,7 +53,7 @@ class _Fold(torch.autograd.Function):
         gradients = (
             grad_LEV * gain_LV[:, None] + grad_LE[..., None] * shift_LV[:, None],
             (grad_LEV * weight_LEV).sum(1),
-            torch.einsum("lev,le->lv", weight_LEV, grad_LE),
+            (grad_LE[..., None] * weight_LEV).sum(1),
         )
         dtype = ctx.saved_tensors[0].dtype
         return tuple(chain.from_iterable(zip(*(gradient.to(dtype).unbind() for gradient in gradients), strict=True)))

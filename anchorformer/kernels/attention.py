@@ -175,12 +175,13 @@ def _text_mask(
 ) -> Tensor | None:
     """transformers' mask signature: None where plain causality says it all, else a bool mask (B, 1, S, T).
 
-    transformers guesses packing from restarting position ids; the flat form names its borders itself, and that guess is
-    ignored here.
+    Where transformers finds packed samples by restarting position ids, it asks for the mask; the flat form, which names
+    its borders itself, never comes here.
     """
     square = q_length == kv_length
     window = local_size is not None and local_size < kv_length
-    if attention_mask is None and square and not window and not use_vmap:
+    is_packed = not kwargs.get("allow_is_causal_skip", True)
+    if attention_mask is None and square and not window and not use_vmap and not is_packed:
         return None
     return sdpa_mask(
         q_length=q_length,
@@ -232,13 +233,16 @@ def _matmul(
 def _shares_key_heads(query_BHSK: Tensor, key_BhTK: Tensor, causal: bool, mask: Tensor | None) -> bool:
     """Whether torch can run this case fused with fewer key heads than query heads.
 
-    On CUDA only its flash kernel can, and that takes half precision, no mask, and causality for squares only; anything
-    else with shared key heads would silently build the matrix of scores.
+    On CUDA only its flash kernel can, and that takes half precision, heads up to 256, no mask, causality for squares
+    only, and a card of 2020 or newer; anything else with shared key heads would silently build the matrix of scores.
     """
     if not query_BHSK.is_cuda:
         return True
-    is_half = query_BHSK.dtype in (torch.bfloat16, torch.float16)
-    return is_half and mask is None and not (causal and query_BHSK.shape[2] != key_BhTK.shape[2])
+    if query_BHSK.dtype not in (torch.bfloat16, torch.float16) or mask is not None:
+        return False
+    if query_BHSK.shape[3] > varlen.WIDEST_HEAD or torch.cuda.get_device_capability(query_BHSK.device) < (8, 0):
+        return False
+    return not (causal and query_BHSK.shape[2] != key_BhTK.shape[2])
 
 
 def _rectangle_indices(cu_seqlens: Tensor, max_seqlen: int, positions: int) -> tuple[Tensor, Tensor]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from contextlib import AbstractContextManager, nullcontext
 from enum import Enum
 from functools import cache
 
 import torch
+from torch import Tensor
 
 from anchorformer.errors import UserError
 from anchorformer.kernels import varlen
@@ -148,6 +150,11 @@ def triton_obstacle() -> str | None:
     if torch.cuda.get_device_capability() < (8, 0):
         return "the device is older than compute capability 8.0"
     return None
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current CUDA device, whatever device its tensors are on; inside this they are the same."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def triton_is_interpreted() -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from anchorformer.kernels.backend import Kernels, kernels_on
+from anchorformer.kernels.backend import Kernels, kernels_on, on_device_of
 
 
 def cls_row(query_BHNK: Tensor, key_BHNK: Tensor, scale: float) -> Tensor:
@@ -23,7 +23,8 @@ def cls_row(query_BHNK: Tensor, key_BHNK: Tensor, scale: float) -> Tensor:
 def _fused(query_BHNK: Tensor, key_BHNK: Tensor, scale: float) -> Tensor:
     from anchorformer.kernels.cls_row_triton import launch
 
-    return launch(query_BHNK, key_BHNK, scale)
+    with on_device_of(key_BHNK):
+        return launch(query_BHNK, key_BHNK, scale)
 
 
 @_fused.register_fake

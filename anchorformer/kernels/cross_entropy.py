@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 CHUNK = 1 << 24
 """Logits that are turned into fp32 at a time: 64 MB."""
@@ -39,6 +40,7 @@ class _CrossEntropySum(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         logits_QC, targets_Q, lse_Q = ctx.saved_tensors
         grad_QC = torch.empty_like(logits_QC)

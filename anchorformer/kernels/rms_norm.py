@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from anchorformer.kernels.backend import rows_run_on_liger
 
@@ -30,7 +31,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
         # in_place would write the gradient of x over that of the output, which is not ours.
         return cast(Tensor, LigerRMSNormFunction.apply(x, weight_D, eps, 0.0, "llama", False))
-    if x.is_cuda and x.dtype == weight_D.dtype:
+    if x.is_cuda and x.dtype == weight_D.dtype and hasattr(torch.ops.aten, "_fused_rms_norm"):
         return F.rms_norm(x, (x.shape[-1],), weight_D, eps)  # one kernel on CUDA, which keeps the same two tensors
     return cast(Tensor, _RmsNorm.apply(x, weight_D, eps))
 
@@ -46,6 +47,7 @@ class _RmsNorm(torch.autograd.Function):
         return weight_D * (x_fp32 * rstd).to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight_D, rstd = ctx.saved_tensors
         normed = x.float() * rstd

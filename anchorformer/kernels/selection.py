@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from anchorformer.kernels.backend import Kernels, kernels_on
+from anchorformer.kernels.backend import Kernels, kernels_on, on_device_of
 
 
 def select_anchors(scores_BHN: Tensor, num_anchors: int) -> Tensor:
@@ -39,7 +39,8 @@ def select_anchors(scores_BHN: Tensor, num_anchors: int) -> Tensor:
 def _fused(scores_BHN: Tensor, num_anchors: int) -> Tensor:
     from anchorformer.kernels.selection_triton import launch
 
-    return launch(scores_BHN, num_anchors)
+    with on_device_of(scores_BHN):
+        return launch(scores_BHN, num_anchors)
 
 
 @_fused.register_fake

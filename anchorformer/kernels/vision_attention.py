@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from anchorformer.kernels.attention import attend
-from anchorformer.kernels.backend import Kernels, kernels_on
+from anchorformer.kernels.backend import Kernels, kernels_on, on_device_of
 from anchorformer.kernels.cls_row import cls_row
 
 logger = logging.getLogger(__name__)
@@ -91,7 +91,8 @@ def _vision_forward(
 def _fused(query_BHNK: Tensor, key_BHNK: Tensor, value_BHNK: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     from anchorformer.kernels.vision_attention_triton import launch
 
-    return launch(query_BHNK, key_BHNK, value_BHNK, scale)
+    with on_device_of(query_BHNK):
+        return launch(query_BHNK, key_BHNK, value_BHNK, scale)
 
 
 @_fused.register_fake

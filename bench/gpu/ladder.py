@@ -216,9 +216,9 @@ class Ladder:
     def _measure(self, rank: EmulatedRank, switches: Switches) -> Columns:
         device = self.session.scale.device
         losses = self._packed() if switches.packed else self._padded(all_logits=not switches.head)
-        heaviest = self._heaviest(packed=switches.packed)
-        # Compiled parts must have seen every shape before any is timed.
-        for number in range(RANKS) if switches.compiled else (heaviest, heaviest):
+        # Memory is at its height with the heaviest; and kernels are compiled for the shapes they see, some of them anew
+        # where a length is divisible by 16.
+        for number in (self._heaviest(packed=switches.packed), *range(RANKS)):
             run_step(rank, losses[number])
         synchronize(device)
         if device.type == "cuda":

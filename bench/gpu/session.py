@@ -19,6 +19,7 @@ from bench.gpu.timing import GB, Budget, copy_ceiling, matmul_ceiling, release
 from bench.table import Sheet, show
 
 Columns = dict[str, Any]
+OUT_OF_MEMORY = "out of memory"
 
 
 def parser(command: str, description: str | None) -> argparse.ArgumentParser:
@@ -53,6 +54,8 @@ class Session:
         self.scale: Scale = tiny_scale() if options.tiny else published_scale()
         self.lengths: Path = options.lengths
         self.tiny: bool = options.tiny
+        self.left_out: str | None = None
+        """Why the last row was left out; None where it was not."""
         self._errors: list[Exception] = []
         facts = {"tiny": options.tiny, "budget_minutes": options.minutes, "weights": "random"}
         if options.commit:
@@ -94,12 +97,13 @@ class Session:
             try:
                 found = measure()
             except torch.OutOfMemoryError:
-                left_out = "out of memory"
+                left_out = OUT_OF_MEMORY
             except Exception as error:  # noqa: BLE001 (a loan is too short to lose the rows behind a failing one)
                 traceback.print_exc()
                 traceback.clear_frames(error.__traceback__)  # they hold on to tensors
                 self._errors.append(error)
                 left_out = f"failed: {type(error).__name__}: {str(error)[:200]}"
+        self.left_out = left_out
         release(self.scale.device)
         for columns in found or [{}]:
             row = {**labels, **columns, "left_out": left_out}

@@ -21,7 +21,7 @@ from bench.gpu.as_published import collate_padded, padded_loss
 from bench.gpu.emulate import BUCKETS, NOT_INCLUDED, EmulatedRank, checkpoint_layers, run_step
 from bench.gpu.first_token import first_token
 from bench.gpu.kernels import kernel_rows
-from bench.gpu.session import Columns, Session, allocated_gb, parser
+from bench.gpu.session import OUT_OF_MEMORY, Columns, Session, allocated_gb, parser
 from bench.gpu.shapes import (
     CONNECTORS,
     Length,
@@ -164,7 +164,7 @@ class Steps:
         per_sample = (reserved[24] - reserved[8]) / 16
         batch = 24 + int((USABLE * total - reserved[24]) / per_sample)
         while batch > 24:
-            if self._row(model, replace(cell, batch=batch)) is not None:
+            if self._row(model, replace(cell, batch=batch)) is not None or self.session.left_out != OUT_OF_MEMORY:
                 return
             batch = int(batch * 0.92)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from anchorformer.connectors.anchor_former import AnchorFormerConnector
 from anchorformer.connectors.base import Connector
-from anchorformer.connectors.blocks import CrossAttention, CrossLayer, FeedForward
+from anchorformer.connectors.blocks import CrossAttention, CrossLayer, FeedForward, GeluLinear, NormedLinear
 from anchorformer.connectors.resampler import Resampler
 from anchorformer.contracts import Anchors, VisionFeatures
 
@@ -64,5 +64,5 @@ def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     return nn.functional.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
-def _linear(linear: nn.Linear, x: Tensor) -> Tensor:
+def _linear(linear: NormedLinear | GeluLinear, x: Tensor) -> Tensor:
     return nn.functional.linear(x, linear.weight)

@@ -216,6 +216,16 @@ def test_a_sample_does_not_see_its_neighbours(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
+@torch.no_grad()
+def test_samples_told_apart_by_their_positions_alone_stay_apart(family: str) -> None:
+    """Hugging Face's own packed layout, without a mask and without borders."""
+    model, samples = _language_model(family), _ids()
+    position_ids = torch.cat([torch.arange(len(sample)) for sample in samples])[None]
+    logits = model(torch.cat(samples)[None], position_ids=position_ids, use_cache=False).logits[0]
+    torch.testing.assert_close(logits, _flat(model, samples), atol=LOGIT_TOLERANCE, rtol=LOGIT_TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_flat_equals_padded(family: str, side: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from anchorformer.connectors.anchor_former import AnchorFormerConnectorConfig
 from anchorformer.connectors.base import Connector
-from anchorformer.connectors.fold import folded_key_values
+from anchorformer.connectors.fold import _Fold, folded_key_values
 from anchorformer.connectors.resampler import ResamplerConfig
 from anchorformer.contracts import Anchors, VisionFeatures
 from anchorformer.kernels.gelu_linear import gelu_linear
@@ -91,6 +91,21 @@ def test_on_a_device_it_is_no_further_from_the_exact_result_than_twice_the_cpu(
     )  # fmt: skip
     for name, truth in exact.items():
         assert _distance(cuda[name].cpu(), truth) <= 2 * _distance(cpu[name], truth), name
+
+
+def test_autocast_does_not_round_what_is_folded() -> None:
+    torch.manual_seed(3)
+    norms, linears = [nn.LayerNorm(64) for _ in range(2)], [nn.Linear(64, 32, bias=False) for _ in range(2)]
+    for norm in norms:
+        nn.init.normal_(norm.bias)
+    parameters = [
+        p for norm, linear in zip(norms, linears, strict=True) for p in (linear.weight, norm.weight, norm.bias)
+    ]
+    expected = _Fold.apply(*parameters)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = _Fold.apply(*parameters)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_the_fold_is_differentiated_correctly() -> None:

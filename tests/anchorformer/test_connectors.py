@@ -94,6 +94,15 @@ def test_state_dict_and_config_survive_a_round_trip(config: ConnectorConfig) -> 
     assert torch.equal(first(*_inputs()), second(*_inputs()))
 
 
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)
+def test_what_calls_itself_a_linear_is_one(config: ConnectorConfig) -> None:
+    """LoRA and quantisation wrap every `nn.Linear` by its type, and would leave out whatever else one did."""
+    for module in config.build(16, 24).modules():
+        if isinstance(module, torch.nn.Linear):
+            x = torch.randn(3, module.in_features)
+            torch.testing.assert_close(module(x), torch.nn.functional.linear(x, module.weight, module.bias))
+
+
 def test_queries_are_an_argument_and_never_module_state() -> None:
     connector = _build(AnchorFormerConnectorConfig(**TINY))
     anchors, features = _inputs()

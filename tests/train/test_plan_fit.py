@@ -186,6 +186,7 @@ NAMES = {
     "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H100 PCIe": "h100-pcie", "NVIDIA H100 NVL": "h100-nvl",
     "NVIDIA H200": "h200", "NVIDIA L40S": "l40s", "NVIDIA A10": "a10", "NVIDIA GeForce RTX 4090": "rtx4090",
     "NVIDIA A10G": None, "Tesla T4": None,
+    "NVIDIA A100-SXM4-80GB MIG 3g.40gb": None, "NVIDIA GeForce RTX 4090 Laptop GPU": None,
 }  # fmt: skip
 
 

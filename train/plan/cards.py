@@ -61,4 +61,6 @@ def named_card(name: str) -> Card:
 def card_of_device(device_name: str) -> Card | None:
     """The card that torch reports under this name, e.g. `NVIDIA A100-SXM4-80GB`; None where it is not in the table."""
     words = re.split(r"[^a-z0-9]+", device_name.lower())
+    if {"mig", "laptop"} & set(words):  # a part of the card, and another card of the same name
+        return None
     return next((card for card in CARDS.values() if set(card.words) <= set(words)), None)
