@@ -135,6 +135,7 @@ def test_a_run_on_several_cards_is_summed_up_from_its_metrics(tmp_path: Path) ->
         run.summary(tmp_path, warm_up=4)
 
 
+@pytest.mark.slow
 def test_every_command_runs_without_what_a_rented_machine_lacks(tmp_path: Path) -> None:
     commands = {
         "micro": [], "step": ["--tiles", "1", "--connectors", "mlp,anchor_former"],
