@@ -15,6 +15,9 @@ from anchorformer.errors import UserError
 from anchorformer.schema import parse
 from train.config import RunConfig
 
+ABSENT = "absent"
+"""Among the hashes of a sealed file: it is about to be written for the first time, and may not be there yet."""
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -66,6 +69,11 @@ class RunFolder:
     def interrupted(self) -> Path:
         """Exists when a signal stopped the run and its state is saved; removed when the run is resumed."""
         return self.path / "INTERRUPTED"
+
+    @property
+    def rehearsal(self) -> Path:
+        """Exists in the folder of a rehearsal only, whose last rank is killed behind the first checkpoint."""
+        return self.path / "REHEARSAL"
 
     @property
     def black_boxes(self) -> Path:
@@ -129,8 +137,8 @@ class RunFolder:
         """
         sealed = self._sealed()
         new = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
-        # Both contents are right until the last file is written.
-        self._write_seal(sealed | {name: [*sealed.get(name, []), digest] for name, digest in new.items()})
+        # Both contents are right until the last file is written, and so is no file where there was none.
+        self._write_seal(sealed | {name: [*sealed.get(name, [ABSENT]), digest] for name, digest in new.items()})
         for name, text in texts.items():
             write_atomically(self.path / name, text)
         self._write_seal(sealed | {name: [digest] for name, digest in new.items()})
@@ -157,8 +165,8 @@ class RunFolder:
         for name, digests in sorted(self._sealed().items()):
             path = self.path / name
             if not path.is_file():
-                # A start that was killed has sealed what it was about to write; without a config it is no run yet.
-                found.append(f"{name} is missing")
+                if ABSENT not in digests:
+                    found.append(f"{name} is missing")
             elif hashlib.sha256(path.read_bytes()).hexdigest() not in digests:
                 found.append(f"{name} has been changed")
         return found
@@ -178,9 +186,12 @@ class RunFolder:
         write_atomically(self.seal, json.dumps(sealed, indent=2, sort_keys=True) + "\n")
 
     def forget_last_end(self) -> None:
-        """Removes what the last attempt ended with; it says nothing about the next one."""
+        """Removes or sets aside what the last attempt ended with; it says nothing about the next one."""
         for path in (self.halted, self.interrupted):
             path.unlink(missing_ok=True)
+        # Of all ranks, also those that the next attempt does not have.
+        for path in [path for kind in ("rank", "now") for path in self.black_boxes.glob(f"{kind}_*.json")]:
+            path.replace(path.with_name(f"before_{path.name}"))
 
     def write_halted(self, exit_code: int, message: str) -> None:
         """Leaves the reason for whoever started the ranks; the first one to write is the one that is kept."""

@@ -51,6 +51,7 @@ def rehearse(config: RunConfig, words: Sequence[str]) -> list[str]:
     begin = time.perf_counter()
 
     folder = prepare(short, words)
+    folder.rehearsal.touch()
     proved.append(f"data, model and folders of the run are there and fit each other ({_since(begin)})")
 
     code = _attempt(folder, short)

@@ -99,7 +99,7 @@ def train(run: Run) -> None:
             if _is_save_due(run.config, step, run.total_steps):
                 save(run, loop.frozen, step, run.steps.state_dict())
                 saved = step
-                if run.config.rehearse and run.resumed is None and run.world.rank == run.world.size - 1:
+                if run.folder.rehearsal.is_file() and run.resumed is None and run.world.rank == run.world.size - 1:
                     # What a rehearsal has to survive, behind its first checkpoint.
                     os.kill(os.getpid(), signal.SIGKILL)
     except Interrupted as stop:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from train.folder import RunFolder
 from train.identity import numbers_digest
 from train.optim import build_optimizer, prime
 from train.rehearse import shortened
+from train.verbs import prepare
 
 
 def refused(folder: RunFolder, match: str) -> UserError:
@@ -123,3 +125,18 @@ def test_a_rehearsal_keeps_what_numbers_depend_on() -> None:
     assert (short.stage.max_steps, short.stage.epochs) == (2, None)
     same_length = run_config(FINETUNE, seed=7, stage__max_steps=2, stage__name="align", hardware__micro_batch=2)
     assert numbers_digest(short) == numbers_digest(same_length)
+
+
+def test_only_a_rehearsal_kills_itself(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a config says, a run that nobody rehearses is left alone."""
+    run = make_run("real", ALIGN, stage__max_steps=2, checkpoint__every=1, rehearse=True)
+    monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("the run has killed itself"))
+    run_until(alone(), str(run.path))
+    assert run.done.is_file()
+
+
+def test_a_rehearsal_is_not_prepared_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "compose", lambda _: run_config(ALIGN, rehearse=True))
+    with pytest.raises(UserError, match="rehears") as caught:
+        prepare.main([])
+    assert "python -m train ... rehearse=true" in caught.value.remedy

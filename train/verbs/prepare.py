@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+from anchorformer.errors import UserError
 from train.compose import compose
 from train.lock import release
 from train.prepare import is_done, prepare, run_folder
@@ -15,8 +16,16 @@ def main(arguments: list[str]) -> int:
     """Prints `prepared <run folder> <config hash>` last, or `done <run folder>` where nothing is left to do.
 
     The hash lets every node check that it reads the config which was composed here.
+
+    Raises:
+        UserError: a rehearsal, whose two starts are its own; and what `prepare` raises.
     """
     composed = compose(arguments)
+    if composed.rehearse:
+        raise UserError(
+            "a rehearsal is not prepared for others to start", found="rehearse=true", expected="a run",
+            remedy="rehearse with `python -m train ... rehearse=true` on one node, then prepare without it",
+        )  # fmt: skip
     # Inside a Slurm job the nodes are known already; a run folder for another number of them could never be started.
     check_nodes(composed, Topology.from_environment({**os.environ, "NODE_RANK": "0"}))
     if is_done(composed):
