@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,6 +18,8 @@ from anchorformer.errors import UserError
 log = logging.getLogger(__name__)
 
 FILE = "LOCK"
+WRITTEN_WITHIN = 60
+"""Seconds after which a lock that is still empty belongs to a process that ended between making and filling it."""
 
 
 @dataclass(frozen=True)
@@ -96,14 +99,19 @@ def acquire(folder: Path) -> None:
             holder = _read(path)
             if holder is not None and holder.is_same(me):
                 return
-            if holder is None or not holder.is_gone(me):
+            if not (_is_abandoned(path) if holder is None else holder.is_gone(me)):
                 raise _taken(path, holder) from None
             _clear_away(path, holder)
             continue
-        with os.fdopen(handle, "w") as file:
-            json.dump(asdict(me), file)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with os.fdopen(handle, "w") as file:
+                json.dump(asdict(me), file)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            # On a full disk, half a lock would outlive its cause.
+            path.unlink()
+            raise
         return
 
 
@@ -122,15 +130,27 @@ def _read(path: Path) -> Holder | None:
         return None  # being written, or cut short
 
 
-def _clear_away(path: Path, gone: Holder) -> None:
+def _is_abandoned(path: Path) -> bool:
+    """Whether nobody has written into the lock for so long that nobody will."""
+    try:
+        facts = path.stat()
+    except FileNotFoundError:
+        return False
+    return facts.st_size == 0 and time.time() - facts.st_mtime > WRITTEN_WITHIN
+
+
+def _clear_away(path: Path, gone: Holder | None) -> None:
     """Removes the lock of a holder that is gone, and no other that has taken its place meanwhile."""
     aside = path.with_name(f".{FILE}-{os.getpid()}")
     path.rename(aside)
     found = _read(aside)
-    if found != gone:
+    if found != gone or (found is None and not _is_abandoned(aside)):
         aside.rename(path)
         raise _taken(path, found)
     aside.unlink()
+    if gone is None:
+        log.warning("an empty lock of %s, over %d seconds old, has been removed", path.parent, WRITTEN_WITHIN)
+        return
     log.warning("process %d on %s, which held %s since %s, is gone", gone.pid, gone.host, path.parent, gone.since)
 
 

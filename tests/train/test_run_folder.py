@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -122,8 +123,11 @@ def test_a_resumption_asks_for_the_seal(copied: RunFolder) -> None:
     assert caught.value.found == "config.yaml has been changed; identity.json has been changed"
 
 
-def test_a_kill_between_sealed_files_does_no_harm(copied: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is written last before the kill, the folder passes: with the old file or with the new one."""
+@pytest.mark.parametrize("is_first", [False, True])
+def test_a_kill_between_sealed_files_does_no_harm(
+    copied: RunFolder, is_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is written last before the kill, the folder passes: with the old file, without one, or with the new."""
     from train import folder as module
 
     write = module.write_atomically
@@ -136,6 +140,10 @@ def test_a_kill_between_sealed_files_does_no_harm(copied: RunFolder, monkeypatch
             write(path, text)
 
         monkeypatch.setattr(module, "write_atomically", killed)
+        if is_first:
+            copied.identity.unlink(missing_ok=True)
+            sealed = json.loads(copied.seal.read_text())
+            copied.seal.write_text(json.dumps({name: sealed[name] for name in sealed if name != "identity.json"}))
         texts = {"environment.json": f'{{"before": [], "n": {survived}}}', "identity.json": f'{{"n": {survived}}}'}
         with pytest.raises(KeyboardInterrupt):
             copied.write_sealed(texts)
@@ -260,6 +268,25 @@ def test_a_lock_that_cannot_be_read_is_respected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unreadable") as caught:
         lock.acquire(tmp_path)
     assert str(tmp_path / lock.FILE) in caught.value.remedy
+
+
+def test_an_empty_lock_does_not_hold_for_ever(tmp_path: Path) -> None:
+    """Left by a launch that was killed between making and filling it."""
+    (tmp_path / lock.FILE).touch()
+    os.utime(tmp_path / lock.FILE, (1, 1))
+    with lock.held(tmp_path):
+        assert lock._read(tmp_path / lock.FILE).pid == os.getpid()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_cannot_be_written_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        lock.acquire(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_environment_keeps_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
