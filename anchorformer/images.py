@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import functools
 import io
+import logging
 import os
 import stat
 import struct
+import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from anchorformer.errors import UserError
+
+log = logging.getLogger(__name__)
 
 MAX_PIXELS = 2**27
 """Largest padded square that is built (a side of 11,585 pixels, 400 MB while it is being resized)."""
@@ -32,6 +36,15 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # Only raster formats decoded inside this process: Pillow would hand EPS to an external interpreter.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
+BAD_FILE = frozenset({
+    errno.ENOENT, errno.EISDIR, errno.ELOOP, errno.ENOTDIR, errno.EINVAL, errno.EFBIG, errno.ENAMETOOLONG, errno.EACCES,
+    errno.EPERM,
+})  # fmt: skip
+"""What the system says of a path that holds no readable image; EIO, ESTALE, EMFILE and the like say nothing of it."""
+
+WAITS = (0.1, 0.5, 2.0)
+"""Seconds before each further try to read a file where the fault may be the disk's, the network's or this machine's."""
+
 # What Pillow's decoders raise on broken files, besides its own errors (which are OSErrors).
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error)
 
@@ -40,8 +53,20 @@ def read_image(path: Path) -> bytes:
     """The encoded bytes of an image file.
 
     Raises:
-        OSError: no such file, no file at all (a folder, a pipe), or more than MAX_BYTES.
+        OSError: one of BAD_FILE (no such file, a folder, a pipe, more than MAX_BYTES), or what remained after WAITS.
     """
+    for wait in WAITS:
+        try:
+            return _read(path)
+        except OSError as error:
+            if error.errno in BAD_FILE:
+                raise
+            log.warning("%s: %s; trying again", path, error.strerror or error)
+            time.sleep(wait)
+    return _read(path)
+
+
+def _read(path: Path) -> bytes:
     status = path.stat()
     if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -62,11 +87,15 @@ def open_image(source: Path | bytes, *, name: str | None = None, max_pixels: int
 
     Raises:
         UserError: no such file, empty, not an image, broken off, or larger than `max_pixels`.
+        OSError: the file could not be read for a reason that is none of its own; such an image is not a bad one.
     """
     name = name or (str(source) if isinstance(source, Path) else "an image given as bytes")
     try:
         content = read_image(source) if isinstance(source, Path) else source
     except OSError as error:
+        if error.errno not in BAD_FILE:
+            error.filename = name
+            raise
         raise UserError(
             f"{name}: cannot be read", found=error.strerror or str(error), expected="an image file",
             remedy="check the path and data.root; `python -m data scan` lists all missing images",

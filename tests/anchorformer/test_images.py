@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import struct
 import zlib
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from anchorformer import images
 from anchorformer.errors import UserError
 from anchorformer.images import ImageTransform, normalise, open_image
 
@@ -132,6 +134,35 @@ def test_missing_file(tmp_path: Path) -> None:
         open_image(tmp_path / "gone.png")
     with pytest.raises(UserError, match="cannot be read"):
         open_image(tmp_path)
+
+
+@pytest.mark.parametrize("fault", [errno.EIO, errno.ESTALE, errno.EMFILE, errno.ETIMEDOUT, errno.ENOMEM])
+def test_a_fault_of_the_disk_is_no_bad_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: int) -> None:
+    """It is retried, and then passed on as it is: no `UserError`, which could be skipped or halt a run."""
+    path = tmp_path / "x.png"
+    path.write_bytes(encoded(noise(3, 2)))
+    monkeypatch.setattr(images, "WAITS", (0.0, 0.0))
+    read, faults = Path.read_bytes, [OSError(fault, "?"), OSError(fault, "?")]
+    monkeypatch.setattr(Path, "read_bytes", lambda self: read(self) if not faults else _raise(faults.pop()))
+    assert open_image(path).size == (3, 2)
+    faults += [OSError(fault, "?") for _ in range(3)]
+    with pytest.raises(OSError, match=r"x\.png") as caught:
+        open_image(path)
+    assert (caught.value.errno, faults) == (fault, [])
+
+
+def test_what_a_path_is_needs_no_second_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images.time, "sleep", lambda _: pytest.fail("waited"))
+    (tmp_path / "one").symlink_to("two")
+    (tmp_path / "two").symlink_to("one")
+    (tmp_path / "file").touch()
+    for name in ("missing", ".", "one", "file/x.png", "x" * 300):
+        with pytest.raises(UserError, match="cannot be read"):
+            open_image(tmp_path / name)
+
+
+def _raise(error: OSError) -> bytes:
+    raise error
 
 
 def test_limit_is_an_argument() -> None:
