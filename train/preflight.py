@@ -9,7 +9,7 @@ import os
 from typing import TYPE_CHECKING
 
 from train import checkpoint
-from train.checkpoint import TrainerState
+from train.checkpoint import TrainerState, retention
 from train.checkpoint.room import bytes_of, check_room
 from train.fingerprint import fingerprint
 from train.identity import Identity, check_ranks_agree, check_same_run
@@ -37,6 +37,10 @@ def before_first_step(run: Run) -> None:
     check_ranks_agree(world.gather((run.config.digest, run.identity)))
     if run.resumed:
         check_same_run(run.resumed.identity, run.identity, f"the checkpoint of step {run.first}")
+    with together(world, run.folder.state):
+        if world.is_main:
+            # What a kill has left may be what fills the disk.
+            retention.sweep(run.folder.state)
     _probe(run)
     with together(world, run.folder.path):
         if world.is_main:
@@ -77,13 +81,13 @@ def _check_record(run: Run) -> None:
 
 
 def _check_room(run: Run) -> None:
-    """Room for all checkpoints that will lie there at one time, and for the trained model."""
+    """Room for the checkpoints that will lie beside those there are, at one time, and for the trained model."""
     config, root = run.config.checkpoint, run.folder.state
     saves = 1 if config.every is None else math.ceil((run.total_steps - run.first) / config.every)
-    # A new one is complete before the oldest goes.
-    most = min(saves, config.keep + 1)
+    # A new one is complete before the oldest goes; later ones than the first step's are of a course that is left.
+    there = sum(folder.name <= f"step-{run.first:08d}" for folder in retention.complete(root))
+    more = min(saves, max(1, config.keep + 1 - there))
     trained = [value for value in run.engine.model.parameters() if value.requires_grad]
     model = sum(math.prod(full_shape(value)) * value.element_size() for value in trained)
-    there = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
-    needed = max(0, most * bytes_of(root, run.engine) - there) + model
-    check_room(root, needed, f"{most} checkpoint(s) and the trained model")
+    needed = more * bytes_of(root, run.engine) + model
+    check_room(root, needed, f"{more} more checkpoint(s) and the trained model")

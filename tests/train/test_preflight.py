@@ -52,6 +52,23 @@ def test_room_for_all_checkpoints_is_asked_for(make_run: MakeRun, monkeypatch: p
     assert sizes[3] == pytest.approx(4 * one + model, rel=0.15)
 
 
+def test_room_for_the_next_checkpoint_is_asked_for_on_resumption(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many there are already: none of them goes before the next one is complete."""
+    run = make_run("full", ALIGN, checkpoint__every=2, checkpoint__keep=2, resume="auto")
+    run_until(alone(), str(run.path))
+    shutil.rmtree(run.state / "step-00000006")
+    shutil.copytree(run.state / "step-00000004", run.state / "step-00000002")
+    one = sum(path.stat().st_size for path in (run.state / "step-00000004").iterdir()) / 1e6
+    model = (run.model / "connector.safetensors").stat().st_size / 1e6
+    run.done.unlink()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.raises(UserError, match="there is no room for 1 more checkpoint") as caught:
+        run_until(alone(), str(run.path))
+    assert float(caught.value.expected.removesuffix(" MB needed")) == pytest.approx(one + model, rel=0.15)
+
+
 def test_a_state_that_cannot_be_written_is_told(make_run: MakeRun) -> None:
     run = make_run("blocked", ALIGN)
     run.state.touch()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -199,6 +200,43 @@ def test_damaged_checkpoints_are_not_counted(saved: RunFolder) -> None:
     assert not one.exists()
     assert two.exists(), "the one just written stays, whatever its number"
     assert three.exists()
+
+
+def test_a_checkpoint_that_cannot_be_deleted_does_not_end_the_run(
+    saved: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The new one is complete: what is left of an old one is a matter of room, and tried again."""
+
+    def busy(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+
+    two = saved.state / "step-00000002"
+    with monkeypatch.context() as planted:
+        planted.setattr(shutil, "rmtree", busy)
+        retention.prune(saved.state, 1, two)
+        assert retention.sweep(saved.state) == []
+    assert caplog.text.count("could not be cleared away") == 2
+    assert not (saved.state / "step-00000001").exists(), "half of one is not left under a good name"
+    assert len(retention.sweep(saved.state)) == 1
+
+
+def test_a_save_that_fails_leaves_nothing(saved: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a full disk it would be in the way of the next one."""
+    config = yaml.safe_load(saved.config.read_text())
+    config["resume"] = str(saved.state / "step-00000001")
+    saved.config.write_text(yaml.safe_dump(config))
+    left = saved.state / ".tmp-step-00000007"
+    left.mkdir()
+
+    def full(*_: Any) -> None:
+        assert not left.exists(), "what an earlier kill has left goes before the first step"
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(seal, "seal", full)
+    with pytest.raises(UserError, match="No space left"):
+        run_until(alone(), str(saved.path))
+    assert not list(saved.state.glob(".tmp-*"))
 
 
 def test_a_full_disk_is_told_before_saving(

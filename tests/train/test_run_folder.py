@@ -303,6 +303,55 @@ def test_the_environment_keeps_no_secret(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(facts["code"]) == 64
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("SLURM_JWT", "s3cret", "***"),
+        ("HF_PAT", "s3cret", "***"),
+        ("WANDB_SOMETHING_NEW", "s3cret", "***"),
+        ("HTTP_PROXY", "me:s3cret@proxy:80", "***@proxy:80"),
+        ("https_proxy", "http://me:s3@cret@proxy:80", "http://***@proxy:80"),
+        ("HF_ENDPOINT", "https://host/x?sig=s3cret&token=s3cret", "https://host/x?***"),
+        ("TOKENIZERS_PARALLELISM", "false", "false"),
+        ("SLURM_JOB_ID", "7", "7"),
+        ("LD_LIBRARY_PATH", "/usr/lib:/opt/python@3.11/lib", "/usr/lib:/opt/python@3.11/lib"),
+    ],
+)
+def test_what_is_shown_of_a_variable(name: str, value: str, shown: str) -> None:
+    assert environment.variables({name: value}) == {name: shown}
+
+
+@pytest.mark.parametrize(
+    ("word", "shown"),
+    [
+        ("data.root=http://me:s3@cret@host/x", "data.root=http://***@host/x"),
+        ("data.root=http://me:s3/cret@host/x", "data.root=http://***@host/x"),
+        ("data.root=https://host/x?sig=s3cret&token=s3cret", "data.root=https://host/x?***"),
+        ("api_key:s3cret", "api_key:***"),
+        ("+log={api_key: s3cret, mode: online}", "+log={api_key:***"),
+        ("log.api_key=s3=cret", "log.api_key=***"),
+        ("data.token_budget=4096", "data.token_budget=4096"),
+        ("model.selector.keep=0.5", "model.selector.keep=0.5"),
+    ],
+)
+def test_what_is_shown_of_an_argument(word: str, shown: str) -> None:
+    assert environment.mask_argument(word) == shown
+
+
+def test_messages_hold_no_secret_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_s3cret")
+    monkeypatch.setenv("OTHER_KEY", "short")
+    try:
+        raise ValueError("no access with hf_s3cret")
+    except ValueError as error:
+        told = (type(error), error, error.__traceback__)
+    record = logging.LogRecord("x", logging.INFO, "x", 1, "Bearer %s, in short", ("hf_s3cret",), told)
+    text = environment.Discreet("%(message)s").format(record)
+    assert text.startswith("Bearer ***, in short\nTraceback")
+    assert "no access with ***" in text
+    assert "s3cret" not in text
+
+
 def test_what_lies_below_state_is_listed_and_pruned(copied: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     one, two = (copied.state / f"step-0000000{step}" for step in (1, 2))
     for name in (".tmp-step-00000003", ".abandoned-step-00000009", "step-00000004"):
@@ -318,6 +367,9 @@ def test_what_lies_below_state_is_listed_and_pruned(copied: RunFolder, capsys: p
     changed_byte(one / "connector.safetensors")
     assert verb.main(["prune", str(copied.path), "keep=1"]) == 0
     assert one.is_dir(), "nothing is deleted where nothing complete is left"
+    (copied.state / ".tmp-step-00000003").mkdir()
+    assert verb.main(["prune", str(copied.path), "keep=1"]) == 0
+    assert {path.name for path in copied.state.iterdir()} == {"latest", one.name}, "but what was never complete"
 
 
 def test_the_verbs_explain_themselves(copied: RunFolder) -> None:

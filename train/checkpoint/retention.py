@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,48 +51,54 @@ def complete(root: Path) -> list[Path]:
     return [one.folder for one in listing(root) if one.problem is None and one.folder.name.startswith("step-")]
 
 
+@contextmanager
+def tolerated(what: Path) -> Iterator[None]:
+    """Clearing away of what is not needed any more: where the disk refuses, it stays until the next save."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("%s could not be cleared away and stays for now: %s", what, error)
+
+
 def sweep(root: Path) -> list[Path]:
-    """Removes what a kill has left half written or half deleted; returns it."""
+    """Removes what a kill has left half written or half deleted; returns what is gone."""
     rests = [path for start in (TEMPORARY, TRASH) for path in root.glob(f"{start}step-*")]
     for rest in rests:
-        shutil.rmtree(rest)
-    return rests
+        with tolerated(rest):
+            shutil.rmtree(rest)
+    return [rest for rest in rests if not rest.exists()]
 
 
-def prune(root: Path, keep: int, written: Path) -> list[Path]:
+def prune(root: Path, keep: int, written: Path) -> None:
     """Leaves the newest `keep` complete checkpoints, `written` always among them; damaged ones are not counted.
 
     Conversions for another number of ranks, and checkpoints of a course that the run has left, go when `written` has
-    reached their step.
-
-    Returns:
-        What was deleted.
+    reached their step. What the disk refuses to delete is left to the next time.
     """
     others = [folder for folder in complete(root) if folder != written]
     old = others[: max(0, len(others) - (max(keep, 1) - 1))]
     for start in (UNIVERSAL, ABANDONED):
         old += [folder for folder in root.glob(f"{start}step-*") if _step(folder, start) <= written.name]
     for folder in old:
-        delete(folder)
-    return old
+        with tolerated(folder):
+            delete(folder)
 
 
 def prune_all(root: Path, keep: int) -> list[Path]:
     """What `prune` leaves, without waiting for a newer checkpoint: nothing stays but the newest `keep` complete ones.
 
     Returns:
-        What was deleted; nothing where no complete checkpoint is left, by their hashes.
+        What was deleted; only what was half written or half deleted where no complete checkpoint is left, by hashes.
     """
+    rests = sweep(root)
     there = [folder for folder in complete(root) if seal.damage(folder, alone()) is None]
     if not there:
-        return []
+        return rests
     kept = set(there[-max(keep, 1) :])
     gone = [one.folder for one in listing(root) if one.folder not in kept]
-    rests = sweep(root)
     for folder in gone:
-        if folder not in rests:
-            delete(folder)
-    return gone
+        delete(folder)
+    return [*rests, *gone]
 
 
 def delete(folder: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from anchorformer.errors import UserError
@@ -43,7 +45,8 @@ def save(
             retention.sweep(root)
             check_room(root, bytes_of(root, engine), "a checkpoint")
     partial = root / f".tmp-{name}"
-    _write(partial, folder, engine, world, trainer, frozen)
+    with _removed_if_it_fails(partial, world):
+        _write(partial, folder, engine, world, trainer, frozen)
     final = root / name
     with together(world, root):
         if world.is_main:
@@ -51,7 +54,8 @@ def save(
             partial.rename(final)
             sync_folder(root)
             write_atomically(root / retention.LATEST, name + "\n")
-            retention.prune(root, keep, final)
+            with retention.tolerated(root):
+                retention.prune(root, keep, final)
     return final
 
 
@@ -66,24 +70,34 @@ def rehearse(folder: RunFolder, engine: Engine, world: World, trainer: TrainerSt
     Raises:
         UserError: it cannot be written, or what is read is not what was written.
     """
-    with together(world, folder.state):
-        if world.is_main:
-            retention.sweep(folder.state)
     partial = folder.state / REHEARSAL
-    _write(partial, folder, engine, world, trainer, frozen)
-    problem = seal.damage(partial, world)
-    if problem is not None:
-        raise UserError(
-            f"a checkpoint cannot be read back from {folder.state}", found=problem, expected="the bytes as written",
-            remedy="choose another disk for output_root",
-        )  # fmt: skip
-    engine.load(partial)
-    prove(partial, engine, world)
+    with _removed_if_it_fails(partial, world):
+        _write(partial, folder, engine, world, trainer, frozen)
+        problem = seal.damage(partial, world)
+        if problem is not None:
+            raise UserError(
+                f"a checkpoint cannot be read back from {folder.state}", found=problem, expected="the bytes as written",
+                remedy="choose another disk for output_root",
+            )  # fmt: skip
+        engine.load(partial)
+        prove(partial, engine, world)
     size = sum(described["bytes"] for described in seal.read(partial).values())
     world.barrier()
     if world.is_main:
         shutil.rmtree(partial)
     return size
+
+
+@contextmanager
+def _removed_if_it_fails(partial: Path, world: World) -> Iterator[None]:
+    """A half-written folder is not left on the disk that may have been too full for it."""
+    try:
+        yield
+    except UserError:
+        # Raised by all ranks together, so that nobody writes there any more.
+        if world.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def _write(
