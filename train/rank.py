@@ -77,7 +77,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return interrupt.EXIT_CODE
     except UserError as error:
         # Every rank may get here, together (a halted run) or alone (a broken record of its own).
-        folder.write_halted(error.exit_code, str(error))
+        try:
+            folder.write_halted(error.exit_code, str(error))
+        except OSError as failure:
+            # The exit code still tells the agent that this rank has ended on purpose.
+            log.error("the reason could not be left in %s (%s): %s", folder.halted.name, failure, error)
         raise
     distributed.stop()
     return 0

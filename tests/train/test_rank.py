@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import socket
@@ -78,6 +79,21 @@ def test_a_damaged_start_is_told_before_weights_are_loaded(
     told = json.loads(run.halted.read_text())
     assert told["exit_code"] == 2
     assert "expected:" in told["message"]
+
+
+def test_a_full_disk_does_not_turn_a_mistake_into_a_crash(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(rank, "start_logging", lambda *_: None)
+    run = make_run("full", ALIGN)
+    monkeypatch.setattr("train.folder.write_atomically", full)
+    with pytest.raises(UserError, match="not a rank"):
+        rank.main([str(run.path)])
+    assert "No space left" in caplog.text
 
 
 def test_a_process_without_ranks_is_told_so(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
