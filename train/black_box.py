@@ -70,18 +70,17 @@ class BlackBox:
             cause: one of the words of `cause_of`, or `HUNG`.
             stacks: where the rank's threads are.
         """
-        facts = {
-            "cause": cause, "message": message, "time": time.time(), "config": self.config,
-            **to_plain(Report.of(self._rank, self._progress.place)),
-            "memory": _memory(self.device), "stacks": stacks.splitlines(),
-            "log": _last_lines(self._folder.log(self._rank)),
-            "ranks": [str(report) for report in read_reports(self._folder.black_boxes)],
-        }  # fmt: skip
         try:
+            facts = {
+                "cause": cause, "message": message, "time": time.time(), "config": self.config,
+                **to_plain(Report.of(self._rank, self._progress.place)),
+                "memory": _memory(self.device), "stacks": stacks.splitlines(),
+                "log": _last_lines(self._folder.log(self._rank)),
+                "ranks": [str(report) for report in read_reports(self._folder.black_boxes)],
+            }  # fmt: skip
             write_atomically(self._path, json.dumps(facts, indent=1) + "\n")
-        except OSError as error:
-            # A disk that is full or gone must not hide the failure that is being described.
-            log.warning("no black box could be written: %s", error)
+        except Exception as error:  # noqa: BLE001 (whatever it is must not hide the failure that is being described)
+            log.warning("no black box could be written: %r", error)
 
 
 def cause_of(error: BaseException) -> str:
@@ -126,9 +125,13 @@ def _time(box: dict[str, Any]) -> float:
 
 
 def _memory(device: torch.device) -> dict[str, Any]:
-    facts: dict[str, Any] = {"peak_gib": round(peak_memory(device) / 2**30, 3)}
-    if device.type == "cuda":
-        facts["summary"] = torch.cuda.memory_summary(device, abbreviated=True).splitlines()
+    try:
+        facts: dict[str, Any] = {"peak_gib": round(peak_memory(device) / 2**30, 3)}
+        if device.type == "cuda":
+            facts["summary"] = torch.cuda.memory_summary(device, abbreviated=True).splitlines()
+    except RuntimeError as error:
+        # A device that has failed answers nothing any more; the rest is worth telling.
+        return {"unknown": str(error)}
     return facts
 
 
