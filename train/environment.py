@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import platform
 import re
@@ -19,7 +20,23 @@ RECORDED = (
     "OMP_", "PYTHON", "PYTORCH_", "SLURM_", "TOKENIZERS_", "TORCH", "TRITON_", "WANDB_", "http",
 )  # fmt: skip
 """Beginnings of the variables that can change what a run does."""
-SECRET = re.compile(r"key|token|secret|passw|credential|auth", re.IGNORECASE)
+SHOWN = (
+    "CUDA_", "DS_", "GLOO_", "HEAD_ADDR", "HEAD_PORT", "HF_DATASETS_", "HF_ENDPOINT", "HF_HOME", "HF_HUB_",
+    "HTTPS_PROXY", "HTTP_PROXY", "JOB_ID", "LD_LIBRARY_PATH", "MKL_", "NCCL_", "NODE_RANK", "NVIDIA_", "OMP_", "PYTHON",
+    "PYTORCH_", "SLURM_ARRAY_", "SLURM_CLUSTER_NAME", "SLURM_CPU", "SLURM_DISTRIBUTION", "SLURM_GPU", "SLURM_JOB",
+    "SLURM_LOCALID", "SLURM_MEM_", "SLURM_NNODES", "SLURM_NODE", "SLURM_NPROCS", "SLURM_NTASKS", "SLURM_PROCID",
+    "SLURM_RESTART_COUNT", "SLURM_STEP", "SLURM_SUBMIT_", "SLURM_TASK", "TOKENIZERS_PARALLELISM", "TORCH", "TRITON_",
+    "WANDB_DIR", "WANDB_MODE", "WANDB_PROJECT", "http_proxy", "https_proxy",
+)  # fmt: skip
+"""Beginnings of those whose values are known to be no secret; of the others only that they are set is recorded."""
+SECRET = re.compile(
+    r"key(?!_value_heads)|token(?!izer|_budget)|secret|passw|pwd|credential|auth(?!or(?!i))|jwt|cookie|bearer|signature"
+    r"|(?<![a-z])(?:pat|sig)(?![a-z])",
+    re.IGNORECASE,
+)
+"""What a name sounds like that stands for a secret; `num_key_value_heads` and `token_budget` are of our configs."""
+SHORTEST = 6
+"""Characters from which a value is looked for in messages: a shorter one would be found in ordinary words."""
 MASK = "***"
 
 
@@ -43,20 +60,47 @@ def git_state() -> dict[str, Any]:
 
 
 def variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that can change what a run does, secrets masked by their names and inside of addresses."""
-    kept = {name: value for name, value in environment.items() if name.startswith(RECORDED)}
-    return {name: MASK if SECRET.search(name) else mask_address(value) for name, value in sorted(kept.items())}
+    """The variables that can change what a run does, with the values that are known to be no secret."""
+    return {name: _shown(name, value) for name, value in sorted(environment.items()) if name.startswith(RECORDED)}
 
 
 def mask_argument(word: str) -> str:
     """An argument of the command line without what follows a name that sounds like a secret."""
-    name, equals, _ = word.partition("=")
-    return f"{name}={MASK}" if equals and SECRET.search(name.rsplit(".", 1)[-1]) else mask_address(word)
+    return mask_address(re.sub(rf"((?i:{SECRET.pattern})[\w\-]*['\"]?\s*[=:]).*", rf"\1{MASK}", word, flags=re.DOTALL))
 
 
 def mask_address(text: str) -> str:
-    """An address without the user and password in front of its host."""
-    return re.sub(r"(?<=://)[^/@\s]+@", f"{MASK}@", text)
+    """An address without the user and password in front of its host (they may hold any character), and its query."""
+    return re.sub(r"(://[^\s?]*\?)\S+", rf"\1{MASK}", re.sub(r"(?<=://).*@", f"{MASK}@", text))
+
+
+def mask_values(text: str) -> str:
+    """A message without the values of this process' variables that sound like secrets."""
+    for value in _secrets():
+        text = text.replace(value, MASK)
+    return text
+
+
+class Discreet(logging.Formatter):
+    """Writes messages and tracebacks without the secrets of the environment."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The whole text of the record, masked."""
+        return mask_values(super().format(record))
+
+
+def _shown(name: str, value: str) -> str:
+    if SECRET.search(name) or not name.startswith(SHOWN):
+        return MASK
+    if name.lower().endswith("_proxy"):
+        value = re.sub(r"^(\w+://)?.*@", rf"\1{MASK}@", value)  # here an address may come without its scheme
+    return mask_address(value)
+
+
+def _secrets() -> list[str]:
+    # The longest first, because one may be a part of another.
+    found = {value for name, value in os.environ.items() if SECRET.search(name) and len(value) >= SHORTEST}
+    return sorted(found, key=len, reverse=True)
 
 
 def _git(*arguments: str) -> str | None:

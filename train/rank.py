@@ -29,6 +29,7 @@ from train.compute import set_computation
 from train.config import RunConfig
 from train.distributed import World
 from train.engine import build_engine, loading
+from train.environment import Discreet
 from train.folder import RunFolder
 from train.identity import identify
 from train.interrupt import Interrupted, StopRequest
@@ -161,7 +162,7 @@ def start_logging(folder: RunFolder, rank: int) -> None:
     """All of this rank's log in its own file; rank 0's also on the terminal."""
     path = folder.log(rank)
     path.parent.mkdir(parents=True, exist_ok=True)
-    form = logging.Formatter("%(asctime)s %(levelname).1s %(name)s: %(message)s", "%H:%M:%S")
+    form = Discreet("%(asctime)s %(levelname).1s %(name)s: %(message)s", "%H:%M:%S")
     handlers: list[logging.Handler] = [logging.FileHandler(path)]
     if rank == 0:
         handlers.append(logging.StreamHandler(sys.stdout))

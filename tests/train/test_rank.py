@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -111,16 +112,16 @@ def test_logging_of_a_rank(tmp_path: Path) -> None:
         "from transformers.utils import logging as bars\n"
         "module = runpy.run_module('train.rank', run_name='as_main')\n"
         "module['start_logging'](module['RunFolder'](Path(sys.argv[1])), int(sys.argv[2]))\n"
-        "module['log'].info('hello')\n"
+        "module['log'].info('hello, %s', 'hf_s3cret')\n"
         "print(bars.is_progress_bar_enabled())\n"
     )
     for number in range(2):
         done = subprocess.run(
             [sys.executable, "-c", program, str(tmp_path), str(number)], cwd=ROOT, capture_output=True, text=True,
-            check=True,
+            check=True, env=os.environ | {"HF_TOKEN": "hf_s3cret"},
         )  # fmt: skip
         assert done.stdout.splitlines()[-1] == str(number == 0), "one rank draws"
-        assert "train.rank: hello" in (tmp_path / "logs" / f"rank_{number}.log").read_text()
+        assert "train.rank: hello, ***\n" in (tmp_path / "logs" / f"rank_{number}.log").read_text()
 
 
 @pytest.mark.slow
