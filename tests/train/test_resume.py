@@ -21,8 +21,9 @@ from data.config import OnBad
 from tests.train.cases import ALIGN, FINETUNE, run_config
 from tests.train.ranks import Ranks, RanksFailed
 from train import checkpoint, rank, trainer
-from train.checkpoint import damage, retention, seal
+from train.checkpoint import damage, reshape, retention, seal
 from train.distributed import World, alone
+from train.engine.saved import Form, Saved
 from train.folder import RunFolder
 from train.identity import numbers_digest
 
@@ -200,6 +201,52 @@ def test_damaged_checkpoints_are_not_counted(saved: RunFolder) -> None:
     assert not one.exists()
     assert two.exists(), "the one just written stays, whatever its number"
     assert three.exists()
+
+
+def of_shards(folder: Path, ranks: int) -> Path:
+    """A complete checkpoint of so many ranks, as far as is looked at before a conversion."""
+    folder.mkdir(parents=True)
+    saved = Saved(form=Form.shards, ranks=ranks, zero_stage=2, optimizer_steps=1, scheduler={})
+    seal.seal(folder, [{"engine.json": seal.entry(saved.write(folder), 0)}])
+    return folder
+
+
+@pytest.fixture
+def conversions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the checkpoints that a converter, which does nothing, was called for."""
+    names: list[str] = []
+
+    def noted(source: Path, target: Path) -> None:
+        names.append(source.name)
+        target.mkdir()
+
+    monkeypatch.setattr(reshape, "convert", noted)
+    return names
+
+
+def test_a_conversion_of_another_checkpoint_is_replaced(tmp_path: Path, conversions: list[str]) -> None:
+    """As a run leaves it that has gone back behind a step, and come there again."""
+    position = of_shards(tmp_path / "step-00000001", 2)
+    assert reshape.ensure(position) == reshape.ensure(position)
+    assert len(conversions) == 1
+    shutil.rmtree(position)
+    of_shards(position, 4)
+    assert reshape.ensure(position) == reshape.converted(position)
+    assert len(conversions) == 2
+
+
+def test_what_will_be_resumed_from_is_converted(tmp_path: Path, conversions: list[str]) -> None:
+    """Also where the newest fits, but turns out to be damaged."""
+    of_shards(tmp_path / "step-00000001", 2)
+    newest = of_shards(tmp_path / "step-00000002", 1) / "engine.json"
+    config = run_config(FINETUNE, zero__stage=2, resume="auto")
+    checkpoint.fit(tmp_path, config)
+    assert conversions == []
+    newest.write_bytes(newest.read_bytes()[:-1] + b" ")
+    checkpoint.fit(tmp_path, config)
+    assert conversions == ["step-00000001"]
+    with pytest.raises(UserError, match="cannot be resumed from"):
+        checkpoint.fit(tmp_path, replace(config, resume=str(tmp_path)))
 
 
 def test_a_checkpoint_that_cannot_be_deleted_does_not_end_the_run(

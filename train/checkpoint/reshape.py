@@ -29,8 +29,7 @@ def converted(position: Path) -> Path:
         UserError: there is none; with the command that makes it.
     """
     folder = position.with_name(f"{UNIVERSAL}{position.name}")
-    source = folder / SOURCE
-    if not source.is_file() or source.read_text().strip() != sha256(position / seal.MANIFEST):
+    if not _is_of(folder, position):
         saved = Saved.read(position)
         raise UserError(
             f"checkpoint {position} was written by another number of ranks or ZeRO stage",
@@ -45,12 +44,14 @@ def converted(position: Path) -> Path:
 def ensure(position: Path) -> Path:
     """Converts a complete checkpoint of shards, or finds the conversion that is there; one process calls it.
 
+    One that is damaged, or was made of another checkpoint of this step, is replaced.
+
     Raises:
         UserError: the converter has failed, or there is no room.
     """
     final = position.with_name(f"{UNIVERSAL}{position.name}")
-    if final.is_dir() and seal.damage(final, alone()) is None:
-        return converted(position)
+    if _is_of(final, position) and seal.damage(final, alone()) is None:
+        return final
     # What is cut out of the files, and what is put together from it.
     size = sum(described["bytes"] for described in seal.read(position).values())
     check_room(position.parent, 2 * size, f"the conversion of {position.name}")
@@ -65,3 +66,9 @@ def ensure(position: Path) -> Path:
     partial.rename(final)
     sync_folder(position.parent)
     return final
+
+
+def _is_of(folder: Path, position: Path) -> bool:
+    """Whether a conversion, if it is there, was made of this checkpoint."""
+    source = folder / SOURCE
+    return source.is_file() and source.read_text().strip() == sha256(position / seal.MANIFEST)

@@ -71,10 +71,18 @@ def fit(root: Path, config: RunConfig) -> None:
     """
     ranks, zero_stage = config.world_size, config.zero.stage
     candidates = retention.complete(root) if config.resume == "auto" else [Path(config.resume)]
-    # Reading everything there is takes its time, and only a conversion needs it.
-    if candidates and not Saved.read(candidates[-1]).fits(ranks, zero_stage):
+
+    def is_fit(folder: Path) -> bool:
+        try:
+            seal.read(folder)
+        except seal.Broken:
+            return False  # `find` says what is wrong
+        return Saved.read(folder).fits(ranks, zero_stage)
+
+    # Reading everything there is takes its time, and only a conversion needs it; the newest may turn out damaged.
+    if not all(is_fit(folder) for folder in candidates):
         position = find(root, config.resume, alone())
-        if position is not None:
+        if position is not None and not is_fit(position):
             reshape.ensure(position)
 
 
