@@ -91,7 +91,7 @@ class Report:
         seconds: how long the phase had lasted when this was written.
         doing: the function that the main thread is in.
         is_waiting: whether that is a collective, so that the rank waits for others.
-        written: by the wall clock of the rank's host.
+        written: by the wall clock of the rank's host; once read, by that of the disk, which is one for all hosts.
     """
 
     rank: int
@@ -119,7 +119,8 @@ class Report:
 
     def write(self, path: Path) -> None:
         """Replaces the file at once; not made durable, since it is about a process that would be gone as well."""
-        partial = path.with_name(f".tmp-{path.name}")
+        # By thread: the watchdog's last report may meet the one before, on a disk that is slow.
+        partial = path.with_name(f".tmp-{path.name}-{threading.get_ident()}")
         partial.write_text(json.dumps(to_plain(self)))
         partial.replace(path)
 
@@ -150,8 +151,15 @@ def report_path(black_boxes: Path, rank: int) -> Path:
 
 
 def read_reports(black_boxes: Path) -> list[Report]:
-    """The reports of all ranks that have left one, by rank."""
-    reports = (Report.parse(json.loads(path.read_text())) for path in black_boxes.glob("now_*.json"))
+    """The reports of all ranks that have left one, by rank; one that cannot be read is none."""
+    reports = []
+    for path in black_boxes.glob("now_*.json"):
+        try:
+            values = {**json.loads(path.read_text()), "written": path.stat().st_mtime}
+        except (OSError, ValueError):
+            # Its rank has just ended, or its disk is going.
+            continue
+        reports.append(Report.parse(values))
     return sorted(reports, key=lambda report: report.rank)
 
 

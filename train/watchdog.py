@@ -20,14 +20,20 @@ log = logging.getLogger(__name__)
 
 EXIT_CODE = 4
 LONGEST_PERIOD = 2.0
-"""Seconds between two looks, and so the age of what the other ranks can read about this one."""
+"""Seconds between two looks at the clock."""
+LONGEST_SILENCE = 30.0
+"""Seconds between two reports, and so the age of what the other ranks can read about this one."""
+LAST_WORDS = 30.0
+"""Seconds for the description of an end; whoever writes to a disk that is gone may never come back."""
 
 
 class Watchdog:
-    """A thread beside the trainer: publishes this rank's place and compares the time in its phase with the budget.
+    """Beside the trainer, one thread that compares the time in its phase with the budget, and one that tells its place.
 
-    It needs the interpreter to be free, as it is while a rank waits in a collective, for data or for a device. For what
-    holds the interpreter itself there is `faulthandler`'s own timer behind it, wound up at every look.
+    They are two because a shared disk may hang, and with it whoever writes; the one that compares writes nothing until
+    the budget is spent. It needs the interpreter to be free, as it is while a rank waits in a collective, for data or
+    for a device. For what holds the interpreter itself there is `faulthandler`'s own timer behind it, wound up at every
+    look.
 
     Args:
         size: how many ranks there are.
@@ -41,20 +47,26 @@ class Watchdog:
     ) -> None:  # fmt: skip
         self._config, self._folder, self._rank, self._size = config, folder, rank, size
         self._progress, self._box, self._leave = progress, box, leave
-        self._period = min(LONGEST_PERIOD, config.step_seconds / 20, config.startup_seconds / 20)
+        shortest = min(config.step_seconds, config.startup_seconds)
+        self._period, self._silence = min(LONGEST_PERIOD, shortest / 20), min(LONGEST_SILENCE, shortest / 20)
         self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._threads = [
+            threading.Thread(target=work, name=name, daemon=True)
+            for name, work in (("watchdog", self._watch), ("reports", self._tell))
+        ]
 
     def __enter__(self) -> Watchdog:
         self._report_path.parent.mkdir(parents=True, exist_ok=True)
         self._folder.log(self._rank).parent.mkdir(parents=True, exist_ok=True)
         self._stacks = self._folder.log(self._rank).open("a")
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         self._is_over.set()
-        self._thread.join(timeout=LONGEST_PERIOD)
+        for thread in self._threads:
+            thread.join(timeout=LONGEST_PERIOD)
         faulthandler.cancel_dump_traceback_later()
         self._stacks.close()
         if kind is None:
@@ -69,11 +81,16 @@ class Watchdog:
         while True:
             faulthandler.dump_traceback_later(self._config.collective_seconds, exit=True, file=self._stacks)
             place = self._progress.place
-            self._publish(place)
             if place.seconds > budget(self._config, place):
                 self._end(place)
                 return
             if self._is_over.wait(self._period):
+                return
+
+    def _tell(self) -> None:
+        while True:
+            self._publish(self._progress.place)
+            if self._is_over.wait(self._silence):
                 return
 
     def _publish(self, place: Place) -> None:
@@ -83,9 +100,11 @@ class Watchdog:
             log.warning("this rank's place could not be told to the others: %s", error)
 
     def _end(self, place: Place) -> None:
+        last_resort = leave_later(EXIT_CODE, self._leave)
         try:
-            reports = read_reports(self._folder.black_boxes)
-            behind = who_is_behind(reports, self._size, silent_after=3 * self._period + 1)
+            self._publish(place)
+            reports = [report for report in read_reports(self._folder.black_boxes) if report.rank < self._size]
+            behind = who_is_behind(reports, self._size, silent_after=3 * self._silence + 1)
             allowed = budget(self._config, place)
             message = f"{behind} (no progress for {place.seconds:.1f} s, the watchdog allows {allowed:g} s here)"
             log.critical("%s; all ranks:\n%s", message, "\n".join(map(str, reports)))
@@ -96,7 +115,16 @@ class Watchdog:
             logging.shutdown()
         finally:
             # Whatever goes wrong with the description, a run that hangs has to end.
+            last_resort.cancel()
             self._leave(EXIT_CODE)
+
+
+def leave_later(code: int, leave: Callable[[int], object] = os._exit) -> threading.Timer:
+    """Ends the process after `LAST_WORDS`, from a thread that touches no disk, unless it is cancelled before."""
+    timer = threading.Timer(LAST_WORDS, leave, [code])
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 def budget(config: WatchdogConfig, place: Place) -> float:

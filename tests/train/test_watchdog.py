@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 import time
 from dataclasses import replace
@@ -53,7 +54,10 @@ def test_who_is_behind() -> None:
 def test_reports_are_read_as_they_were_written(tmp_path: Path) -> None:
     for rank in (11, 2):
         report(rank, Phase.data).write(report_path(tmp_path, rank))
-    assert read_reports(tmp_path) == [replace(report(rank, Phase.data), seconds=0.0) for rank in (2, 11)]
+        os.utime(report_path(tmp_path, rank), (rank, rank))
+    report_path(tmp_path, 3).touch()
+    expected = [replace(report(rank, Phase.data), seconds=0.0, written=float(rank)) for rank in (2, 11)]
+    assert read_reports(tmp_path) == expected, "by the disk's clock, not by that of each host"
 
 
 def test_budgets() -> None:
@@ -73,7 +77,8 @@ def test_a_rank_that_stands_still_ends_and_says_where(tmp_path: Path, caplog: py
         left.set()
 
     with caplog.at_level(logging.CRITICAL), BlackBox(folder, 0, progress) as box:
-        report(1, Phase.data, step=2, written=time.time()).write(report_path(folder.black_boxes, 1))
+        for rank in (1, 2):
+            report(rank, Phase.data, step=2, written=time.time() - 3600).write(report_path(folder.black_boxes, rank))
         with Watchdog(CONFIG, folder, 0, 2, progress, box, leave):
             for step in (1, 2):
                 progress.enter(Phase.data, step)
@@ -81,12 +86,13 @@ def test_a_rank_that_stands_still_ends_and_says_where(tmp_path: Path, caplog: py
             assert left.wait(20), "the step's budget counts, not that of the start"
     assert ended == [EXIT_CODE]
     assert "behind: rank 1 " in caplog.text
+    assert "rank 2 " not in caplog.text, "of a run that had more ranks"
     assert "left.wait(20)" in folder.log(0).read_text(), "where the main thread is"
     told = json.loads((folder.black_boxes / "rank_0.json").read_text())
     assert told["cause"] == HUNG
     assert (told["phase"], told["step"], told["samples"]) == ("exchanging facts", 2, ["mine2"])
     assert any("left.wait(20)" in line for line in told["stacks"])
-    assert len(told["ranks"]) == 2
+    assert len(told["ranks"]) == 3
 
 
 def test_a_rank_that_moves_is_left_alone(tmp_path: Path) -> None:
@@ -118,6 +124,48 @@ def test_nothing_keeps_a_hanging_rank_alive(tmp_path: Path) -> None:
             progress.enter(Phase.data, step, samples=("a",))
         assert left.wait(20)
         watchdog._folder = folder
+
+
+@pytest.mark.parametrize("hanging", ["_publish", "_end"])
+def test_a_disk_that_hangs_does_not_keep_a_hanging_rank_alive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hanging: str
+) -> None:
+    left, is_over = threading.Event(), threading.Event()
+    folder, progress = RunFolder(tmp_path), Progress()
+    monkeypatch.setattr("train.watchdog.LAST_WORDS", 0.1)
+    if hanging == "_publish":
+        monkeypatch.setattr(Watchdog, "_publish", lambda *_: is_over.wait(30))
+    else:
+        monkeypatch.setattr("train.watchdog.read_reports", lambda _: is_over.wait(30) and [])
+    with Watchdog(CONFIG, folder, 0, 2, progress, BlackBox(folder, 0, progress), lambda _: left.set()):
+        for step in (1, 2):
+            progress.enter(Phase.data, step, samples=("a",))
+        assert left.wait(10)
+        is_over.set()
+
+
+def test_a_device_that_is_gone_does_not_hide_the_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder(tmp_path)
+
+    def broken(*_: object) -> Any:
+        raise RuntimeError("device-side assert")
+
+    monkeypatch.setattr("train.black_box.peak_memory", broken)
+    leave_box(folder, 0, ZeroDivisionError("the cause"))
+    told = json.loads((folder.black_boxes / "rank_0.json").read_text())
+    assert (told["message"], told["memory"]) == ("the cause", {"unknown": "device-side assert"})
+    monkeypatch.setattr("train.black_box.read_reports", broken)
+    leave_box(folder, 0, ZeroDivisionError("the cause"))
+
+
+def test_what_ranks_left_before_is_set_aside_also_where_they_are_fewer_now(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    leave_box(folder, 5, ValueError("long ago"))
+    report(5, Phase.data).write(report_path(folder.black_boxes, 5))
+    folder.forget_last_end()
+    assert sorted(path.name for path in folder.black_boxes.iterdir()) == ["before_now_5.json", "before_rank_5.json"]
+    assert first_to_fail(folder, {0: 1}) == (0, "rank 0: ended with 1 before it could say why")
+    assert read_reports(folder.black_boxes) == []
 
 
 def test_an_exception_leaves_a_black_box(tmp_path: Path) -> None:
