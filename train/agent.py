@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,29 +26,36 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher import api as launcher
 from torch.distributed.run import parse_args, run
 
+from anchorformer.errors import UserError
 from train import interrupt, lock
 from train.black_box import first_to_fail
 from train.folder import RunFolder
+from train.watchdog import leave_later
 
 ELASTIC = "torch.distributed.elastic"
+ON_PURPOSE = (UserError.exit_code, 3, interrupt.EXIT_CODE)
+"""How ranks end that have decided to: refused, halted, interrupted."""
+AFTER_FAILURE = 30
+"""Seconds that ranks get to end by themselves when another has failed: there is no step left that they could finish."""
 
 
 def main(arguments: list[str]) -> int:
     """Runs this node's ranks to their end.
 
     Returns:
-        0; what HALTED.json says, or 75 behind INTERRUPTED, where the ranks left one; else the exit code of the rank
-        that failed first, or 128 + the signal that ended it or this process.
+        0; what HALTED.json says, or 75 behind INTERRUPTED, where the ranks left one; else that of a rank that has ended
+        on purpose; else that of the rank that failed first, or 128 + the signal that ended it or this process.
     """
     folder = RunFolder(Path(arguments[-1]))
     _hush(folder)
-    launcher.LocalElasticAgent = partial(Agent, folder)  # type: ignore[misc,assignment]
+    codes: dict[int, int] = {}
+    launcher.LocalElasticAgent = partial(Agent, folder, codes)  # type: ignore[misc,assignment]
     try:
         run(parse_args(arguments))
     except ChildFailedError as error:
         return _explain(folder, {rank: failure.exitcode for rank, failure in error.failures.items()})
     except SignalException as error:
-        code = _last_word(folder)
+        code = _last_word(folder, codes)
         if code is not None:
             return code
         print(f"stopped by {error.sigval.name}", file=sys.stderr)
@@ -61,26 +69,32 @@ class Agent(LocalElasticAgent):
     GRACE = 20
     """Seconds without a living rank after which an agent that has not noticed is taken for stuck."""
 
-    def __init__(self, folder: RunFolder, *arguments: Any, **named: Any) -> None:
+    def __init__(self, folder: RunFolder, codes: dict[int, int], *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        self._folder = folder
+        self._folder, self._codes = folder, codes
         threading.Thread(target=self._leave_if_stuck, name="stuck agent", daemon=True).start()
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
         if result.is_failed():
-            if _last_word(self._folder) is not None:
+            codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
+            if _last_word(self._folder, codes) is not None:
                 # They would only come to the same end again.
                 self._remaining_restarts = 0
             elif self._remaining_restarts > 0:
-                _explain(self._folder, {rank: failure.exitcode for rank, failure in result.failures.items()})
+                _explain(self._folder, codes)
                 print(f"all ranks are started again; {self._remaining_restarts - 1} restart(s) left", file=sys.stderr)
         return result
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
-        # torchrun reads the variable from 2.12 on, and not where it starts ranks again.
+        # torchrun reads the variable from 2.12 on, and then after a failure as well.
+        if isinstance(sys.exception(), SignalException):
+            timeout = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", timeout))
+        else:
+            timeout = AFTER_FAILURE
         if self._pcontext:
-            self._pcontext.close(death_sig, int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", timeout)))
+            self._pcontext.close(death_sig, timeout)
+            self._codes.update(self._exit_codes())
         super()._shutdown(death_sig)
 
     def _leave_if_stuck(self) -> None:
@@ -93,7 +107,13 @@ class Agent(LocalElasticAgent):
             codes = self._exit_codes() if is_idle else {}
             seconds = seconds + 1 if len(codes) == len(self._worker_group.workers) else 0
         print("this node's ranks have ended and its agent cannot reach the others: it leaves", file=sys.stderr)
-        os._exit(_explain(self._folder, codes))
+        code = _exit_code(codes)
+        leave_later(code)
+        try:
+            code = _explain(self._folder, codes)
+        finally:
+            # Whatever goes wrong with the explanation: the disk may be as far away as the others.
+            os._exit(code)
 
     def _exit_codes(self) -> dict[int, int]:
         """Of those of this node's ranks that have ended."""
@@ -103,22 +123,33 @@ class Agent(LocalElasticAgent):
         return {rank: code for rank, code in ended.items() if code is not None}
 
 
-def _last_word(folder: RunFolder) -> int | None:
-    """The exit code that the ranks themselves have decided on; None where they have not."""
+def _last_word(folder: RunFolder, exit_codes: Mapping[int, int]) -> int | None:
+    """The exit code that the ranks themselves have decided on; None where they have not.
+
+    Args:
+        exit_codes: of this node's ranks; where they end on purpose, what they leave may not be visible here yet.
+    """
     if folder.halted.is_file():
         # One that lost its peers meanwhile may have ended first, with another code.
         return int(json.loads(folder.halted.read_text())["exit_code"])
-    return interrupt.EXIT_CODE if folder.interrupted.is_file() else None
+    if folder.interrupted.is_file():
+        return interrupt.EXIT_CODE
+    return next((code for code in exit_codes.values() if code in ON_PURPOSE), None)
 
 
 def _explain(folder: RunFolder, exit_codes: dict[int, int]) -> int:
     """Says who failed first, where the ranks have not said so themselves, and returns this node's exit code."""
-    code = _last_word(folder)
+    code = _last_word(folder, exit_codes)
     if code is not None:
         return code
     rank, line = first_to_fail(folder, exit_codes)
     print(f"first to fail: {line}\nmore in {folder.black_boxes} and {folder.log(rank).parent}", file=sys.stderr)
-    code = exit_codes.get(rank) or next((code for code in exit_codes.values() if code), 1)
+    return _exit_code({rank: exit_codes.get(rank, 0), **exit_codes})
+
+
+def _exit_code(exit_codes: Mapping[int, int]) -> int:
+    """The first that tells of a failure, as a shell reports it."""
+    code = next((code for code in exit_codes.values() if code), 1)
     return code if code > 0 else 128 - code
 
 
@@ -126,7 +157,7 @@ def _hush(folder: RunFolder) -> None:
     """Keeps torchrun's own account of the ranks' end to itself where they have left theirs."""
 
     def is_news(_: logging.LogRecord) -> bool:
-        return _last_word(folder) is None
+        return _last_word(folder, {}) is None
 
     # A filter counts for its own logger only, not for those below it.
     for name in [name for name in logging.root.manager.loggerDict if name.startswith(ELASTIC)]:
