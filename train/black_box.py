@@ -16,6 +16,7 @@ import torch
 
 from anchorformer.errors import UserError
 from anchorformer.schema import to_plain
+from train.environment import mask_values
 from train.folder import RunFolder, write_atomically
 from train.interrupt import Interrupted
 from train.metrics import peak_memory
@@ -72,9 +73,9 @@ class BlackBox:
         """
         try:
             facts = {
-                "cause": cause, "message": message, "time": time.time(), "config": self.config,
+                "cause": cause, "message": mask_values(message), "time": time.time(), "config": self.config,
                 **to_plain(Report.of(self._rank, self._progress.place)),
-                "memory": _memory(self.device), "stacks": stacks.splitlines(),
+                "memory": _memory(self.device), "stacks": mask_values(stacks).splitlines(),
                 "log": _last_lines(self._folder.log(self._rank)),
                 "ranks": [str(report) for report in read_reports(self._folder.black_boxes)],
             }  # fmt: skip

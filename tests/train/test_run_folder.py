@@ -21,12 +21,14 @@ from tests.train.cases import ALIGN
 from tests.train.conftest import MakeRun, write_run
 from tests.train.test_resume import run_until
 from train import environment, lock
+from train.black_box import BlackBox
 from train.checkpoint import retention, seal
 from train.distributed import alone
 from train.engine.files import Files
 from train.engine.universal import convert
 from train.folder import RunFolder
 from train.identity import Identity, check_ranks_agree, check_same_run
+from train.progress import Progress
 from train.verbs import checkpoint as verb
 from train.verbs import diff
 from train.verify import verify
@@ -338,7 +340,7 @@ def test_what_is_shown_of_an_argument(word: str, shown: str) -> None:
     assert environment.mask_argument(word) == shown
 
 
-def test_messages_hold_no_secret_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_hold_no_secret_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_s3cret")
     monkeypatch.setenv("OTHER_KEY", "short")
     try:
@@ -350,6 +352,11 @@ def test_messages_hold_no_secret_of_the_environment(monkeypatch: pytest.MonkeyPa
     assert text.startswith("Bearer ***, in short\nTraceback")
     assert "no access with ***" in text
     assert "s3cret" not in text
+    with pytest.raises(ValueError, match="hf_s3cret"), BlackBox(RunFolder(tmp_path), 0, Progress()):
+        raise told[1]
+    box = (tmp_path / "black_box" / "rank_0.json").read_text()
+    assert "no access with ***" in box
+    assert "hf_s3cret" not in box
 
 
 def test_what_lies_below_state_is_listed_and_pruned(copied: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
