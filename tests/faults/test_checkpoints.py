@@ -111,6 +111,7 @@ def test_a_full_disk_is_told_by_all_ranks(
     assert told[0] == told[1], "no rank is left waiting for another"
     assert str(run.state / ".tmp-step-00000004") in told[0]
     assert "bytes free" in told[0]
+    assert not list(run.state.glob(".tmp-*")), "half a checkpoint is not left on the full disk"
     assert (run.state / "latest").read_text() == "step-00000002\n"
     assert damage(run.state / "step-00000002", alone()) is None
     pair.run(run_until, folder=str(run.path))
