@@ -61,20 +61,30 @@ class FeedForward(nn.Module):
         return cast(Tensor, self.down(self.up(x_BTV, *self.norm())))
 
 
-class Norm(nn.LayerNorm):
+class Norm(nn.Module):
     """The gain and shift of a LayerNorm whose work is done by the linear behind it.
 
     Copies: under ZeRO-3 the parameters themselves are gone when this module's forward ends.
     """
 
-    def forward(self) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
         return self.weight.clone(), self.bias.clone()
 
 
 class _Matrix(nn.Module):
     """The weight of a linear without bias, initialised as `nn.Linear` does.
 
-    Not a subclass of it: what replaces or wraps linears (LoRA, quantisation) would leave out what stands in front.
+    Not a subclass of it, as `Norm` is none of LayerNorm: what replaces or wraps those by type (LoRA, for one) would
+    compute something else.
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:

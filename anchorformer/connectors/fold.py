@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from anchorformer.kernels.normed_linear import normed_linear
 
 
-def folded_key_values(media_BNV: Tensor, norms: Sequence[nn.LayerNorm], linears: Sequence[nn.Module]) -> list[Tensor]:
+def folded_key_values(media_BNV: Tensor, norms: Sequence[nn.Module], linears: Sequence[nn.Module]) -> list[Tensor]:
     """[linear(norm(media)) for each layer], (B, N, E) each, from media that are normalised once.
 
     All norms see the same media and differ in their affine part only, so

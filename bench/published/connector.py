@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from anchorformer.connectors.anchor_former import AnchorFormerConnector
 from anchorformer.connectors.base import Connector
-from anchorformer.connectors.blocks import CrossAttention, CrossLayer, FeedForward, GeluLinear, NormedLinear
+from anchorformer.connectors.blocks import CrossAttention, CrossLayer, FeedForward, GeluLinear, Norm, NormedLinear
 from anchorformer.connectors.resampler import Resampler
 from anchorformer.contracts import Anchors, VisionFeatures
+from anchorformer.kernels.normed_linear import EPS
 
 
 class PublishedConnector(nn.Module):
@@ -60,8 +61,8 @@ def feed_forward(parts: FeedForward, x_BTV: Tensor) -> Tensor:
     return _linear(parts.down, nn.functional.gelu(_linear(parts.up, _norm(parts.norm, x_BTV))))
 
 
-def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    return nn.functional.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+def _norm(norm: Norm, x: Tensor) -> Tensor:
+    return nn.functional.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, EPS)
 
 
 def _linear(linear: NormedLinear | GeluLinear, x: Tensor) -> Tensor:

@@ -95,12 +95,16 @@ def test_state_dict_and_config_survive_a_round_trip(config: ConnectorConfig) -> 
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)
-def test_what_calls_itself_a_linear_is_one(config: ConnectorConfig) -> None:
+def test_what_calls_itself_a_linear_or_a_norm_is_one(config: ConnectorConfig) -> None:
     """LoRA and quantisation wrap every `nn.Linear` by its type, and would leave out whatever else one did."""
     for module in config.build(16, 24).modules():
         if isinstance(module, torch.nn.Linear):
             x = torch.randn(3, module.in_features)
             torch.testing.assert_close(module(x), torch.nn.functional.linear(x, module.weight, module.bias))
+        if isinstance(module, torch.nn.LayerNorm):
+            x = torch.randn(3, *module.normalized_shape)
+            expected = torch.nn.functional.layer_norm(x, x.shape[-1:], module.weight, module.bias, module.eps)
+            torch.testing.assert_close(module(x), expected)
 
 
 def test_queries_are_an_argument_and_never_module_state() -> None:
