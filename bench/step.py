@@ -13,19 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from anchorformer.kernels.attention import TEXT_ATTENTION
 from anchorformer.lean import make_lean
 from bench import lengths
-from bench.gpu.as_published import PublishedSelector, PublishedVision, collate_padded, padded_loss
+from bench.gpu.as_published import PublishedSelector, collate_padded, padded_loss, published_vision
 from bench.gpu.ladder import draw
 from bench.gpu.shapes import (
     Length,
     Scale,
     build_language_model,
     build_model,
-    made_in,
     make_examples,
     read_lengths,
     stage_config,
@@ -81,11 +80,8 @@ class _Pair:
         # Else the anchors are a matter of rounding, and the two paths see different images.
         spread(self.ours.vision_tower)
         self.published = build_model(scale, "anchor_former", plain)
-        with made_in(scale):
-            whole = AutoModel.from_config(scale.vision_config, attn_implementation="eager", dtype=scale.dtype)
-        whole.load_state_dict(self.ours.vision_tower.model.state_dict(), strict=False)
         parts: Any = self.published
-        parts.vision_tower = PublishedVision(whole)
+        parts.vision_tower = published_vision(scale, self.ours.vision_tower)
         parts.selector = PublishedSelector(scale.num_anchors)
         parts.connector = PublishedConnector(self.ours.connector)
 

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from anchorformer.contracts import IGNORE_INDEX, Anchors, Example, VisionFeatures
 from anchorformer.fusion import fuse
 from anchorformer.kernels.cross_entropy import cross_entropy_sum
 from anchorformer.selectors.base import Selector
+from anchorformer.vision import VisionTower
+from bench.gpu.shapes import Scale, made_in
 from bench.published import head
 from bench.published.batching import pad
 from bench.published.selection import select
@@ -32,6 +34,15 @@ class PublishedVision(nn.Module):
     def forward(self, pixels_B3HW: Tensor) -> VisionFeatures:
         tokens_BNV, row_BHN = self._tower(pixels_B3HW)
         return VisionFeatures(tokens_BNV=tokens_BNV, cls_scores_BHN=row_BHN, has_cls=True)
+
+
+def published_vision(scale: Scale, ours: VisionTower) -> PublishedVision:
+    """The whole tower with eager maps on our weights, and random ones in what ours leaves out."""
+    with made_in(scale):
+        whole = AutoModel.from_config(scale.vision_config, attn_implementation="eager", dtype=scale.dtype)
+    mine = ours.model.state_dict()
+    whole.load_state_dict({**whole.state_dict(), **mine})  # strict: a name that only ours has is an error
+    return PublishedVision(whole)
 
 
 class PublishedSelector(Selector):

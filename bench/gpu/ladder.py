@@ -9,12 +9,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers import AutoModel
 
 from anchorformer.contracts import Batch
 from anchorformer.errors import run_guarded
 from anchorformer.lean import make_lean
-from bench.gpu.as_published import PaddedBatch, PublishedSelector, PublishedVision, collate_padded, padded_loss
+from bench.gpu.as_published import PaddedBatch, PublishedSelector, collate_padded, padded_loss, published_vision
 from bench.gpu.emulate import NOT_INCLUDED, EmulatedRank, checkpoint_layers, run_step
 from bench.gpu.session import Columns, Session, parser
 from bench.gpu.shapes import (
@@ -22,7 +21,6 @@ from bench.gpu.shapes import (
     Length,
     build_language_model,
     build_model,
-    made_in,
     make_examples,
     plan_shapes,
     read_lengths,
@@ -159,11 +157,8 @@ class Ladder:
         self.samples = draw(stage, lengths, self.model.num_image_tokens, self.batch)
         self.examples = make_examples(self.model, self.samples.lengths)
         self.supervised = sum(length.supervised for length in self.samples.lengths)
-        with made_in(scale):
-            whole = AutoModel.from_config(scale.vision_config, attn_implementation="eager", dtype=scale.dtype)
-        whole.load_state_dict(self.model.vision_tower.model.state_dict(), strict=False)
         self.parts = {
-            "vision_tower": (PublishedVision(whole), self.model.vision_tower),
+            "vision_tower": (published_vision(scale, self.model.vision_tower), self.model.vision_tower),
             "selector": (PublishedSelector(scale.num_anchors), self.model.selector),
             "connector": (PublishedConnector(self.model.connector), self.model.connector),
         }
