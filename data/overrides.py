@@ -129,8 +129,9 @@ class CommandLine:
     @property
     def _chosen(self) -> dict[str, Any]:
         """Config group -> the option that the config chooses, `???` where it leaves that to the command line."""
-        entries = OmegaConf.to_container(OmegaConf.load(CONF / f"{self.config}.yaml"))["defaults"]  # type: ignore
-        pairs = [pair for entry in entries if isinstance(entry, dict) for pair in entry.items()]
+        config = OmegaConf.to_container(OmegaConf.load(CONF / f"{self.config}.yaml"))
+        assert isinstance(config, dict)
+        pairs = [pair for entry in config["defaults"] if isinstance(entry, dict) for pair in entry.items()]
         return {group: option for group, option in pairs if " " not in group}  # not `optional ...` and the like
 
     def _plugin_keys(self) -> list[str]:

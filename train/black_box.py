@@ -7,7 +7,7 @@ import logging
 import signal
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -100,7 +100,7 @@ def first_to_fail(folder: RunFolder, exit_codes: Mapping[int, int]) -> tuple[int
     Args:
         exit_codes: of this node's ranks that have ended; negative for a signal. At least one.
     """
-    boxes = sorted((json.loads(path.read_text()) for path in folder.black_boxes.glob("rank_*.json")), key=_time)
+    boxes = sorted(_read_boxes(folder), key=_time)
     causes = [box for box in boxes if box["cause"] != LOST]
     told = {box["rank"] for box in boxes}
     # A rank that was killed has left no box. By SIGTERM, or where others tell of a cause, it was the agent that did it.
@@ -119,6 +119,15 @@ def first_to_fail(folder: RunFolder, exit_codes: Mapping[int, int]) -> tuple[int
         return report.rank, f"{who}: {box['cause']}: {first_line}"
     rank, code = next((item for item in exit_codes.items() if item[1] > 0), next(iter(exit_codes.items())))
     return rank, f"rank {rank}: ended with {code} before it could say why"
+
+
+def _read_boxes(folder: RunFolder) -> Iterator[dict[str, Any]]:
+    """Those that are whole: a rank may have been ended, or its disk been full, while it wrote one."""
+    for path in folder.black_boxes.glob("rank_*.json"):
+        try:
+            yield json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            log.warning("%s cannot be read: %s", path, error)
 
 
 def _time(box: dict[str, Any]) -> float:

@@ -202,11 +202,15 @@ class RunFolder:
 def write_atomically(path: Path, text: str) -> None:
     """Writes a file so that its name shows either the old content or the new, also after a power cut."""
     partial = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)  # a full disk is not made fuller
+        raise
     sync_folder(path.parent)
 
 

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from datetime import timedelta
@@ -23,13 +24,12 @@ import transformers
 import anchorformer.auto  # noqa: F401 (makes the model and its processor known to transformers)
 from anchorformer.errors import UserError, run_guarded
 from anchorformer.kernels import backend
-from train import checkpoint, distributed, interrupt
+from train import checkpoint, distributed, environment, interrupt
 from train.black_box import LOST, BlackBox, cause_of
 from train.compute import set_computation
 from train.config import RunConfig
 from train.distributed import World
 from train.engine import build_engine, loading
-from train.environment import Discreet
 from train.folder import RunFolder
 from train.identity import identify
 from train.interrupt import Interrupted, StopRequest
@@ -162,7 +162,7 @@ def start_logging(folder: RunFolder, rank: int) -> None:
     """All of this rank's log in its own file; rank 0's also on the terminal."""
     path = folder.log(rank)
     path.parent.mkdir(parents=True, exist_ok=True)
-    form = Discreet("%(asctime)s %(levelname).1s %(name)s: %(message)s", "%H:%M:%S")
+    form = environment.Discreet("%(asctime)s %(levelname).1s %(name)s: %(message)s", "%H:%M:%S")
     handlers: list[logging.Handler] = [logging.FileHandler(path)]
     if rank == 0:
         handlers.append(logging.StreamHandler(sys.stdout))
@@ -187,7 +187,8 @@ def _log_crash(rank: int, kind: type[BaseException], error: BaseException, trace
         return
     log.critical("this rank crashed", exc_info=(kind, error, trace))
     if rank != 0:
-        sys.__excepthook__(kind, error, trace)
+        text = "".join(traceback.format_exception(kind, error, trace))
+        print(environment.mask_values(text), file=sys.stderr)
 
 
 def run(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -72,7 +72,8 @@ def test_bars_are_as_long_as_their_values(logarithmic: bool) -> None:
 
 
 def test_a_result_is_whole_after_every_row(tmp_path: Path) -> None:
-    sheet = Sheet("cpu", tmp_path / "new" / "cpu.json")
+    path = tmp_path / "new" / "cpu.json"
+    sheet = Sheet("cpu", path)
     sheet.add({"name": "first"})
-    assert [row["name"] for row in json.loads(sheet.path.read_text())["rows"]] == ["first"]  # type: ignore[union-attr]
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["cpu.json"]
+    assert [row["name"] for row in json.loads(path.read_text())["rows"]] == ["first"]
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["cpu.json"]

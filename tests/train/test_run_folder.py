@@ -1,8 +1,7 @@
-"""A run folder proves itself: what is tampered with is named, one launch holds it, and two of them can be compared."""
+"""A run folder proves itself: what is tampered with is named, and two of them can be compared."""
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -20,15 +19,13 @@ from anchorformer.errors import UserError
 from tests.train.cases import ALIGN
 from tests.train.conftest import MakeRun, write_run
 from tests.train.test_resume import run_until
-from train import environment, lock
-from train.black_box import BlackBox
+from train import lock
 from train.checkpoint import retention, seal
 from train.distributed import alone
 from train.engine.files import Files
 from train.engine.universal import convert
 from train.folder import RunFolder
 from train.identity import Identity, check_ranks_agree, check_same_run
-from train.progress import Progress
 from train.verbs import checkpoint as verb
 from train.verbs import diff
 from train.verify import verify
@@ -233,130 +230,6 @@ def test_other_code_is_told_on_resumption_and_refused_between_ranks(caplog: pyte
         check_ranks_agree([("d", IDENTITY), ("d", now)])
     with pytest.raises(UserError, match="rank 1"):
         check_ranks_agree([("d", IDENTITY), ("e", IDENTITY)])
-
-
-def holder(**changes: object) -> lock.Holder:
-    return replace(lock.Holder.myself(), **changes)
-
-
-@pytest.mark.parametrize(
-    ("other", "is_taken_over"),
-    [({}, True), ({"pid": os.getppid(), "ticks": lock._ticks(os.getppid())}, False), ({"pid": 2**22 - 1}, True),
-     ({"ticks": "1"}, True), ({"host": "elsewhere"}, False), ({"host": "elsewhere", "job": "7"}, False),
-     ({"host": "elsewhere", "job": "7", "attempt": "0"}, True)],
-    ids=["myself", "alive", "gone", "number given again", "another machine", "the same Slurm job",
-         "the same Slurm job, requeued"],
-)  # fmt: skip
-def test_one_launch_holds_a_run(
-    tmp_path: Path, other: dict[str, object], is_taken_over: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    (tmp_path / lock.FILE).write_text(json.dumps(asdict(holder(**{"job": None, **other}))))
-    if is_taken_over:
-        with lock.held(tmp_path):
-            assert lock._read(tmp_path / lock.FILE).pid == os.getpid()
-        assert not list(tmp_path.iterdir())
-        return
-    with pytest.raises(UserError, match="another launch holds") as caught:
-        lock.acquire(tmp_path)
-    assert str(other.get("host", "process")) in caught.value.found
-    lock.release(tmp_path)
-    assert (tmp_path / lock.FILE).is_file(), "only its holder gives it back"
-
-
-def test_a_lock_that_cannot_be_read_is_respected(tmp_path: Path) -> None:
-    (tmp_path / lock.FILE).touch()
-    with pytest.raises(UserError, match="unreadable") as caught:
-        lock.acquire(tmp_path)
-    assert str(tmp_path / lock.FILE) in caught.value.remedy
-
-
-def test_an_empty_lock_does_not_hold_for_ever(tmp_path: Path) -> None:
-    """Left by a launch that was killed between making and filling it."""
-    (tmp_path / lock.FILE).touch()
-    os.utime(tmp_path / lock.FILE, (1, 1))
-    with lock.held(tmp_path):
-        assert lock._read(tmp_path / lock.FILE).pid == os.getpid()
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_lock_that_cannot_be_written_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        lock.acquire(tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_environment_keeps_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {
-        "WANDB_API_KEY": "s3cret", "HF_TOKEN": "s3cret", "http_proxy": "http://me:s3cret@proxy:80",
-        "NCCL_DEBUG": "WARN", "SLURM_JOB_ID": "7", "HOME_MADE": "s3cret",
-    }.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    facts = environment.facts(["train", "log.api_key=s3cret", "data.root=https://me:s3cret@host/data", "seed=1"])
-    assert "s3cret" not in json.dumps(facts)
-    assert facts["variables"]["NCCL_DEBUG"] == "WARN"
-    assert facts["variables"]["http_proxy"] == "http://***@proxy:80"
-    assert facts["command"] == ["train", "log.api_key=***", "data.root=https://***@host/data", "seed=1"]
-    assert len(facts["code"]) == 64
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "shown"),
-    [
-        ("SLURM_JWT", "s3cret", "***"),
-        ("HF_PAT", "s3cret", "***"),
-        ("WANDB_SOMETHING_NEW", "s3cret", "***"),
-        ("HTTP_PROXY", "me:s3cret@proxy:80", "***@proxy:80"),
-        ("https_proxy", "http://me:s3@cret@proxy:80", "http://***@proxy:80"),
-        ("HF_ENDPOINT", "https://host/x?sig=s3cret&token=s3cret", "https://host/x?***"),
-        ("TOKENIZERS_PARALLELISM", "false", "false"),
-        ("SLURM_JOB_ID", "7", "7"),
-        ("LD_LIBRARY_PATH", "/usr/lib:/opt/python@3.11/lib", "/usr/lib:/opt/python@3.11/lib"),
-    ],
-)
-def test_what_is_shown_of_a_variable(name: str, value: str, shown: str) -> None:
-    assert environment.variables({name: value}) == {name: shown}
-
-
-@pytest.mark.parametrize(
-    ("word", "shown"),
-    [
-        ("data.root=http://me:s3@cret@host/x", "data.root=http://***@host/x"),
-        ("data.root=http://me:s3/cret@host/x", "data.root=http://***@host/x"),
-        ("data.root=https://host/x?sig=s3cret&token=s3cret", "data.root=https://host/x?***"),
-        ("api_key:s3cret", "api_key:***"),
-        ("+log={api_key: s3cret, mode: online}", "+log={api_key:***"),
-        ("log.api_key=s3=cret", "log.api_key=***"),
-        ("data.token_budget=4096", "data.token_budget=4096"),
-        ("model.selector.keep=0.5", "model.selector.keep=0.5"),
-    ],
-)
-def test_what_is_shown_of_an_argument(word: str, shown: str) -> None:
-    assert environment.mask_argument(word) == shown
-
-
-def test_messages_hold_no_secret_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_TOKEN", "hf_s3cret")
-    monkeypatch.setenv("OTHER_KEY", "short")
-    try:
-        raise ValueError("no access with hf_s3cret")
-    except ValueError as error:
-        told = (type(error), error, error.__traceback__)
-    record = logging.LogRecord("x", logging.INFO, "x", 1, "Bearer %s, in short", ("hf_s3cret",), told)
-    text = environment.Discreet("%(message)s").format(record)
-    assert text.startswith("Bearer ***, in short\nTraceback")
-    assert "no access with ***" in text
-    assert "s3cret" not in text
-    with pytest.raises(ValueError, match="hf_s3cret"), BlackBox(RunFolder(tmp_path), 0, Progress()):
-        raise told[1]
-    box = (tmp_path / "black_box" / "rank_0.json").read_text()
-    assert "no access with ***" in box
-    assert "hf_s3cret" not in box
 
 
 def test_what_lies_below_state_is_listed_and_pruned(copied: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:

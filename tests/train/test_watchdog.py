@@ -213,6 +213,13 @@ def leave_box(folder: RunFolder, rank: int, error: Exception) -> None:
         raise error
 
 
+def test_half_a_black_box_does_not_hide_who_failed(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.black_boxes.mkdir()
+    (folder.black_boxes / "rank_1.json").write_text('{"rank": 1, "cau')
+    assert first_to_fail(folder, {0: -15, 1: 1})[0] == 1
+
+
 def test_the_first_to_fail_is_named(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     rank, line = first_to_fail(folder, {1: 1})
@@ -265,13 +272,19 @@ def test_the_forward_passes_are_measured_on_the_device_without_waiting() -> None
     assert 0.5 * (time.perf_counter() - began) < watch.take() < time.perf_counter() - began
 
 
-def test_the_forward_passes_are_measured() -> None:
+def test_the_forward_passes_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def work(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     model = torch.nn.Linear(2, 2)
-    model.register_forward_hook(lambda *_: time.sleep(0.02))
+    model.register_forward_hook(lambda *_: work(2.0))
     watch = Stopwatch(model, torch.device("cpu"))
     assert watch.take() == 0
     for _ in range(3):
         model(torch.zeros(1, 2))
-        time.sleep(0.05)
-    assert 0.06 <= watch.take() < 0.12
+        work(5.0)
+    assert watch.take() == 6
     assert watch.take() == 0
