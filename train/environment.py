@@ -35,6 +35,8 @@ SECRET = re.compile(
     re.IGNORECASE,
 )
 """What a name sounds like that stands for a secret; `num_key_value_heads` and `token_budget` are of our configs."""
+PLACES = frozenset({"PWD", "OLDPWD", "SSH_AUTH_SOCK", "XAUTHORITY"})
+"""Variables that only sound like it: each names a place on this machine, which messages have to be able to say."""
 SHORTEST = 6
 """Characters from which a value is looked for in messages: a shorter one would be found in ordinary words."""
 MASK = "***"
@@ -99,7 +101,8 @@ def _shown(name: str, value: str) -> str:
 
 def _secrets() -> list[str]:
     # The longest first, because one may be a part of another.
-    found = {value for name, value in os.environ.items() if SECRET.search(name) and len(value) >= SHORTEST}
+    named = {name: value for name, value in os.environ.items() if SECRET.search(name) and name not in PLACES}
+    found = {value for value in named.values() if len(value) >= SHORTEST}
     return sorted(found, key=len, reverse=True)
 
 

@@ -28,6 +28,14 @@ def test_the_environment_keeps_no_secret(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(facts["code"]) == 64
 
 
+@pytest.mark.parametrize("name", ["PWD", "OLDPWD", "SSH_AUTH_SOCK", "XAUTHORITY"])
+def test_a_message_may_name_the_working_directory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "/home/me/project")
+    monkeypatch.setenv("DB_PWD", "s3cret-word")
+    message = "saved /home/me/project/checkpoints with s3cret-word"
+    assert environment.mask_values(message) == "saved /home/me/project/checkpoints with ***"
+
+
 @pytest.mark.parametrize(
     ("name", "value", "shown"),
     [
