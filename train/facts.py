@@ -18,7 +18,7 @@ class StepFacts:
         padding_share: share of positions that ranks wait for instead of computing: within a micro-batch every rank
             waits for the longest. (Batches themselves hold no padding.)
         squares: sum over the samples of their positions squared, which is what attention pays for.
-        own_seconds: of each rank, what `train.pace` measures.
+        own_seconds: of each rank, what `train.observe.pace` measures.
         signal: name of the signal that asks the run to stop, whichever rank has received it; empty where none has.
     """
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from train import checkpoint
 from train.checkpoint import TrainerState, retention
 from train.checkpoint.room import bytes_of, check_room
-from train.fingerprint import fingerprint
-from train.identity import Identity, check_ranks_agree, check_same_run
+from train.faults.progress import Phase
 from train.optim import full_shape
-from train.progress import Phase
+from train.run.fingerprint import fingerprint
+from train.run.identity import Identity, check_ranks_agree, check_same_run
 from train.writing import together
 
 if TYPE_CHECKING:

@@ -17,12 +17,12 @@ import yaml
 from anchorformer.errors import UserError
 from anchorformer.schema import parse_plugin, plugin_to_plain, to_plain
 from data.mixture import Mixture, open_sources
-from train import environment
 from train.config import RunConfig
-from train.folder import RunFolder
-from train.identity import differences, numbers
-from train.lock import acquired
 from train.plan.fit import settle
+from train.run import environment
+from train.run.folder import RunFolder
+from train.run.identity import differences, numbers
+from train.run.lock import acquired
 from train.start import check_devices
 
 
@@ -34,7 +34,7 @@ def prepare(config: RunConfig, command: Sequence[str], *, starts_here: bool = Tr
         starts_here: whether this machine is the one whose devices the ranks will need.
 
     Returns:
-        the run folder, ready for `train.start`, and held by this process (`train.lock`).
+        the run folder, ready for `train.start`, and held by this process (`train.run.lock`).
 
     Raises:
         UserError: a file or folder missing or not in its format, parts of the model that do not fit each other, a start

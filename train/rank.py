@@ -24,22 +24,24 @@ import transformers
 import anchorformer.auto  # noqa: F401 (makes the model and its processor known to transformers)
 from anchorformer.errors import UserError, run_guarded
 from anchorformer.kernels import backend
-from train import checkpoint, distributed, environment, interrupt
-from train.black_box import LOST, BlackBox, cause_of
+from train import checkpoint, distributed
 from train.compute import set_computation
 from train.config import RunConfig
 from train.distributed import World
 from train.engine import build_engine, loading
-from train.folder import RunFolder
-from train.identity import identify
-from train.interrupt import Interrupted, StopRequest
+from train.faults import interrupt
+from train.faults.black_box import LOST, BlackBox, cause_of
+from train.faults.interrupt import Interrupted, StopRequest
+from train.faults.progress import Phase, Progress
+from train.faults.replay import Order, replay
+from train.faults.watchdog import Watchdog
 from train.precision import choose_dtype
-from train.progress import Phase, Progress
-from train.replay import Order, replay
 from train.repro import naming_what_is_not_deterministic, set_determinism
+from train.run import environment
+from train.run.folder import RunFolder
+from train.run.identity import identify
 from train.stage import freeze, render, table, trained_digest
 from train.trainer import Run, train
-from train.watchdog import Watchdog
 
 # Under torchrun this file is `__main__`, which would tell a reader of the log nothing.
 log = logging.getLogger("train.rank")
@@ -54,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Joins the other ranks, loads, trains, and leaves the run's folder complete.
 
     Returns:
-        0, or what `train.interrupt` says where a signal has stopped the run and its state is saved.
+        0, or what `train.faults.interrupt` says where a signal has stopped the run and its state is saved.
     """
     parser = argparse.ArgumentParser(prog="python -m train.rank", description=__doc__)
     parser.add_argument("run_folder", type=Path)

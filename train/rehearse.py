@@ -18,9 +18,9 @@ from data.images import load as load_image
 from data.mixture import open_sources
 from evals.questions import Question, question
 from train.config import CheckpointConfig, LogConfig, RunConfig
-from train.folder import RunFolder
-from train.lock import acquired, release
 from train.prepare import prepare
+from train.run.folder import RunFolder
+from train.run.lock import acquired, release
 from train.start import Topology, command, environment
 
 STEPS = 2
@@ -96,7 +96,7 @@ def _attempt(folder: RunFolder, config: RunConfig) -> int:
 
 def _look(folder: RunFolder) -> str:
     """Reads back everything that was written."""
-    from train.verify import verify
+    from train.run.verify import verify
 
     findings = list(verify(folder))
     broken = [f"{finding.what}: {finding.problem}" for finding in findings if finding.problem is not None]

@@ -13,7 +13,7 @@ from typing import NoReturn
 from anchorformer.errors import UserError
 from train.compose import ROOT
 from train.config import Device, RunConfig
-from train.interrupt import SIGNALS
+from train.faults.interrupt import SIGNALS
 
 HEAD_PORT = 29400
 NOT_INHERITED = (
@@ -123,7 +123,7 @@ def command(folder: Path, config: RunConfig, topology: Topology) -> list[str]:
             *([f"--local-addr={topology.address}"] if topology.address else []),
         ]  # fmt: skip
     return [
-        sys.executable, "-m", "train.agent", *where, f"--nproc-per-node={hardware.ranks}",
+        sys.executable, "-m", "train.faults.agent", *where, f"--nproc-per-node={hardware.ranks}",
         f"--max-restarts={hardware.max_restarts}",
         f"--signals-to-handle={','.join(number.name for number in FORWARDED)}", "-m", "train.rank", str(folder),
     ]  # fmt: skip

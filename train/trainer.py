@@ -24,15 +24,15 @@ from train.distributed import World
 from train.engine import Engine
 from train.engine.base import total_norm
 from train.facts import gather_facts
-from train.folder import RunFolder, write_atomically
-from train.guards import FrozenGuard, check_numbers
-from train.identity import Identity
-from train.interrupt import Interrupted, StopRequest
-from train.metrics import Console, MetricsFile, step_record, time_record
-from train.mfu import mfu_of
-from train.pace import Lag, Stopwatch
+from train.faults.guards import FrozenGuard, check_numbers
+from train.faults.interrupt import Interrupted, StopRequest
+from train.faults.progress import Phase, Progress
+from train.observe.metrics import Console, MetricsFile, step_record, time_record
+from train.observe.mfu import mfu_of
+from train.observe.pace import Lag, Stopwatch
 from train.preflight import before_first_step
-from train.progress import Phase, Progress
+from train.run.folder import RunFolder, write_atomically
+from train.run.identity import Identity
 
 log = logging.getLogger(__name__)
 

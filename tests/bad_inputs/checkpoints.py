@@ -10,11 +10,11 @@ from pathlib import Path
 
 from tests.bad_inputs.case import Case, World
 from tests.train.cases import ALIGN, run_config
-from train import lock
 from train.checkpoint import check_metrics, find, read_state, seal
 from train.distributed import alone
-from train.folder import RunFolder
 from train.prepare import check_files, run_folder
+from train.run import lock
+from train.run.folder import RunFolder
 from train.start import Topology
 from train.verbs import checkpoint, diff, start
 

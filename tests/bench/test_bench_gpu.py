@@ -20,8 +20,8 @@ from bench.gpu.emulate import EmulatedRank, run_step
 from bench.gpu.session import Session, parser
 from bench.lengths import FILE
 from data.collate import collate
-from train.folder import RunFolder
 from train.loss import supervised_loss
+from train.run.folder import RunFolder
 
 SCALE = shapes.tiny_scale()
 LENGTHS = [

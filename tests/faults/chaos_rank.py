@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from train import rank, trainer
-from train.progress import Phase, Progress
+from train.faults.progress import Phase, Progress
 
 IN_STEPS = (Phase.data.name, Phase.exchange.name, Phase.compute.name, Phase.update.name)
 WRITTEN, RENAMED = "written", "renamed"

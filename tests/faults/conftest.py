@@ -17,7 +17,7 @@ from tests.train.conftest import make_run, pair, tiny_data  # noqa: F401 (fixtur
 from train.checkpoint import damage
 from train.compose import ROOT
 from train.distributed import alone
-from train.folder import RunFolder
+from train.run.folder import RunFolder
 from train.start import Topology, command, environment
 
 PLANTED = Path(__file__).with_name("planted.py")

@@ -19,8 +19,8 @@ from torch import nn
 from train import rank, trainer
 from train.distributed import World
 from train.engine.base import Engine
-from train.folder import RunFolder
-from train.pace import Stopwatch
+from train.observe.pace import Stopwatch
+from train.run.folder import RunFolder
 
 FOREVER = 3600.0
 

@@ -15,7 +15,7 @@ from tests.faults.conftest import Launch
 from tests.faults.planted import run_whole
 from tests.train.cases import ALIGN, FINETUNE
 from tests.train.ranks import Ranks
-from train.folder import RunFolder
+from train.run.folder import RunFolder
 
 MakeRun = Callable[..., RunFolder]
 CHAOS = Path(__file__).with_name("chaos_rank.py")

@@ -31,8 +31,8 @@ from train.compose import ROOT, compose
 from train.distributed import World, alone
 from train.engine import whole
 from train.engine.files import Files
-from train.folder import RunFolder
 from train.prepare import prepare
+from train.run.folder import RunFolder
 from train.verbs import checkpoint as verb
 
 pytestmark = pytest.mark.faults

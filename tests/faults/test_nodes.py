@@ -19,7 +19,7 @@ from tests.faults.planted import run_whole
 from tests.train.cases import FINETUNE
 from tests.train.ranks import Ranks
 from train.compose import ROOT
-from train.folder import RunFolder
+from train.run.folder import RunFolder
 
 pytestmark = pytest.mark.faults
 

@@ -19,7 +19,7 @@ from tests.faults.planted import run_whole
 from tests.train.cases import FINETUNE
 from tests.train.ranks import Ranks
 from train.compose import ROOT
-from train.folder import RunFolder
+from train.run.folder import RunFolder
 
 pytestmark = pytest.mark.faults
 
@@ -221,7 +221,7 @@ import os, signal, subprocess, sys, time
 from torch.utils.data import DataLoader
 from data.loader import _take_signals_like_the_parent
 from train import rank
-from train.interrupt import StopRequest
+from train.faults.interrupt import StopRequest
 
 def batches():
     return iter(DataLoader(range(64), num_workers=2, worker_init_fn=_take_signals_like_the_parent))

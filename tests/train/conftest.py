@@ -16,7 +16,7 @@ from anchorformer.schema import to_plain
 from anchorformer.weights import MANIFEST, sha256
 from tests.train.cases import run_config
 from tests.train.ranks import Ranks
-from train.folder import RunFolder
+from train.run.folder import RunFolder
 
 MakeRun = Callable[..., RunFolder]
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
-from train import agent
-from train.folder import RunFolder
+from train.faults import agent
+from train.run.folder import RunFolder
 
 
 def test_ranks_that_end_on_purpose_have_the_last_word_before_their_files_are_seen(tmp_path: Path) -> None:

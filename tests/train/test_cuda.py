@@ -22,7 +22,7 @@ from train.compose import ROOT
 from train.config import Device
 from train.distributed import World, alone
 from train.engine import Engine, build_engine, loading
-from train.fingerprint import fingerprint
+from train.run.fingerprint import fingerprint
 
 pytestmark = pytest.mark.gpu
 

@@ -16,7 +16,7 @@ import pytest
 from tests.train.cases import ALIGN, FINETUNE
 from train import rank
 from train.distributed import alone
-from train.folder import RunFolder
+from train.run.folder import RunFolder
 
 CURVE = Path(__file__).resolve().parent.parent / "curves" / "two_stages_fp32.json"
 TOLERANCE = 1e-4

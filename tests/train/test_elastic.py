@@ -17,7 +17,7 @@ from train.distributed import World
 from train.engine import Engine, build_engine, loading
 from train.engine.saved import Saved
 from train.engine.universal import convert
-from train.fingerprint import fingerprint, join
+from train.run.fingerprint import fingerprint, join
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DEALS = {

@@ -17,7 +17,7 @@ from train.config import Part
 from train.distributed import World, alone
 from train.engine import Engine, build_engine, loading
 from train.engine.base import total_norm
-from train.fingerprint import fingerprint
+from train.run.fingerprint import fingerprint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 HALVES = [[[0, 1, 2], [6, 7]], [[3, 4], [5]]]

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from train import environment, rank
-from train.black_box import BlackBox
-from train.folder import RunFolder
-from train.progress import Progress
+from train import rank
+from train.faults.black_box import BlackBox
+from train.faults.progress import Progress
+from train.run import environment
+from train.run.folder import RunFolder
 
 
 def test_the_environment_keeps_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:

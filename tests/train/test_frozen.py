@@ -22,9 +22,9 @@ from train.config import Part
 from train.distributed import World, alone
 from train.engine import build_engine
 from train.facts import StepFacts
-from train.fingerprint import Piece, fingerprint, join
-from train.folder import RunFolder
-from train.guards import FrozenGuard, TrainingHalted, check_numbers
+from train.faults.guards import FrozenGuard, TrainingHalted, check_numbers
+from train.run.fingerprint import Piece, fingerprint, join
+from train.run.folder import RunFolder
 from train.stage import assert_declared, freeze, render, table
 
 MakeRun = Callable[..., RunFolder]

@@ -23,9 +23,9 @@ from train import distributed, rank, trainer
 from train.checkpoint import damage
 from train.compose import ROOT
 from train.distributed import World, alone
-from train.folder import RunFolder
-from train.interrupt import SIGNALS, Interrupted, StopRequest
-from train.progress import Phase, Progress
+from train.faults.interrupt import SIGNALS, Interrupted, StopRequest
+from train.faults.progress import Phase, Progress
+from train.run.folder import RunFolder
 
 MakeRun = Callable[..., RunFolder]
 SHARDED: dict[str, Any] = {

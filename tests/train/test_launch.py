@@ -22,7 +22,7 @@ from train import prepare as preparing
 from train import start as starting
 from train.compose import ROOT, compose
 from train.config import RunConfig
-from train.folder import RunFolder
+from train.run.folder import RunFolder
 
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 
@@ -61,7 +61,7 @@ def test_a_run_folder_is_made_once_and_holds_what_ranks_need(world: list[str], s
     assert (folder.start / "connector.safetensors").is_file()
     facts = json.loads((path / "environment.json").read_text())
     assert {"torch", "transformers", "deepspeed"} <= set(facts["versions"])
-    assert argv[argv.index("-m") + 1] == "train.agent"
+    assert argv[argv.index("-m") + 1] == "train.faults.agent"
 
     with pytest.raises(UserError, match="exists already"):
         launch([*world, "run=first/align"])
@@ -239,7 +239,7 @@ def test_environment_of_the_ranks(tmp_path: Path) -> None:
 WORKER = """
 import os, signal, sys, time
 from pathlib import Path
-from train.folder import RunFolder
+from train.run.folder import RunFolder
 rank, mode, folder = int(os.environ["RANK"]), sys.argv[1], RunFolder(Path(sys.argv[2]))
 if mode == "mistake" and rank == 1:
     sys.exit(2)
@@ -257,7 +257,16 @@ if mode != "well":
 def agent(tmp_path: Path, mode: str) -> subprocess.Popen[str]:
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
-    argv = [sys.executable, "-m", "train.agent", "--standalone", "--nproc-per-node=2", str(worker), mode, str(tmp_path)]
+    argv = [
+        sys.executable,
+        "-m",
+        "train.faults.agent",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(worker),
+        mode,
+        str(tmp_path),
+    ]
     config = compose(["stage=align", "hardware=cpu", "data.root=/data"])
     env = starting.environment(config, os.environ)
     return subprocess.Popen(argv, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

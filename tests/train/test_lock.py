@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from anchorformer.errors import UserError
-from train import lock
-from train.folder import write_atomically
+from train.run import lock
+from train.run.folder import write_atomically
 
 
 def holder(**changes: object) -> lock.Holder:

@@ -13,8 +13,8 @@ from tests.train.cases import ALIGN, load_frozen, run_config
 from train.config import Part
 from train.distributed import World, alone
 from train.facts import StepFacts
-from train.metrics import Console, time_record
-from train.mfu import mfu_of
+from train.observe.metrics import Console, time_record
+from train.observe.mfu import mfu_of
 from train.plan.flops import Work, model_flops
 
 FACTS = StepFacts(

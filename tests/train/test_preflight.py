@@ -19,10 +19,10 @@ from train.checkpoint import seal
 from train.config import CheckpointConfig
 from train.distributed import alone
 from train.engine.plain import PlainEngine
-from train.folder import RunFolder
-from train.identity import numbers_digest
 from train.optim import build_optimizer, prime
 from train.rehearse import shortened
+from train.run.folder import RunFolder
+from train.run.identity import numbers_digest
 from train.verbs import prepare
 
 

@@ -19,7 +19,7 @@ from anchorformer.errors import UserError
 from anchorformer.weights import check_folder, load_model
 from tests.train.cases import ALIGN, FINETUNE
 from train import distributed, rank
-from train.folder import RunFolder
+from train.run.folder import RunFolder
 
 MakeRun = Callable[..., RunFolder]
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,7 +91,7 @@ def test_a_full_disk_does_not_turn_a_mistake_into_a_crash(
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(rank, "start_logging", lambda *_: None)
     run = make_run("full", ALIGN)
-    monkeypatch.setattr("train.folder.write_atomically", full)
+    monkeypatch.setattr("train.run.folder.write_atomically", full)
     with pytest.raises(UserError, match="not a rank"):
         rank.main([str(run.path)])
     assert "No space left" in caplog.text
@@ -134,7 +134,7 @@ def test_two_ranks_under_the_agent(make_run: MakeRun, zero: int) -> None:
     command = [
         sys.executable,
         "-m",
-        "train.agent",
+        "train.faults.agent",
         "--standalone",
         "--nproc-per-node=2",
         "-m",

@@ -18,9 +18,9 @@ from train import precision
 from train.config import CheckpointConfig, Device, LogConfig, Part, Precision
 from train.distributed import World, alone, choose_device
 from train.facts import StepFacts, gather_facts
-from train.folder import RunFolder
-from train.identity import numbers_digest
-from train.metrics import Console, MetricsFile, read_lines, step_record
+from train.observe.metrics import Console, MetricsFile, read_lines, step_record
+from train.run.folder import RunFolder
+from train.run.identity import numbers_digest
 from train.trainer import seed_step
 
 

@@ -14,8 +14,8 @@ from anchorformer.errors import UserError
 from tests.train.cases import FINETUNE
 from train import rank
 from train.distributed import alone
-from train.folder import RunFolder
-from train.guards import TrainingHalted
+from train.faults.guards import TrainingHalted
+from train.run.folder import RunFolder
 
 MakeRun = Callable[..., RunFolder]
 

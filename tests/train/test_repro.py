@@ -21,8 +21,8 @@ from tests.train.ranks import Ranks
 from train import rank, trainer
 from train.compose import ROOT
 from train.distributed import World, alone
-from train.folder import RunFolder
 from train.repro import naming_what_is_not_deterministic, set_determinism
+from train.run.folder import RunFolder
 from train.start import Topology, command, environment
 
 MakeRun = Callable[..., RunFolder]

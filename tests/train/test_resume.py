@@ -24,8 +24,8 @@ from train import checkpoint, rank, trainer
 from train.checkpoint import damage, reshape, retention, seal
 from train.distributed import World, alone
 from train.engine.saved import Form, Saved
-from train.folder import RunFolder
-from train.identity import numbers_digest
+from train.run.folder import RunFolder
+from train.run.identity import numbers_digest
 
 MakeRun = Callable[..., RunFolder]
 STEPS, EVERY, STOPPED_AT = 20, 4, 13

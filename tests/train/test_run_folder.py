@@ -19,16 +19,16 @@ from anchorformer.errors import UserError
 from tests.train.cases import ALIGN
 from tests.train.conftest import MakeRun, write_run
 from tests.train.test_resume import run_until
-from train import lock
 from train.checkpoint import retention, seal
 from train.distributed import alone
 from train.engine.files import Files
 from train.engine.universal import convert
-from train.folder import RunFolder
-from train.identity import Identity, check_ranks_agree, check_same_run
+from train.run import lock
+from train.run.folder import RunFolder
+from train.run.identity import Identity, check_ranks_agree, check_same_run
+from train.run.verify import verify
 from train.verbs import checkpoint as verb
 from train.verbs import diff
-from train.verify import verify
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_a_kill_between_sealed_files_does_no_harm(
     copied: RunFolder, is_first: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever is written last before the kill, the folder passes: with the old file, without one, or with the new."""
-    from train import folder as module
+    from train.run import folder as module
 
     write = module.write_atomically
     for survived in range(4):

@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from train.black_box import HUNG, BlackBox, cause_of, first_to_fail
 from train.config import WatchdogConfig
-from train.folder import RunFolder
-from train.guards import TrainingHalted
-from train.interrupt import Interrupted
-from train.pace import Lag, Stopwatch
-from train.progress import Phase, Place, Progress, Report, read_reports, report_path, who_is_behind
-from train.watchdog import EXIT_CODE, Watchdog, budget
+from train.faults.black_box import HUNG, BlackBox, cause_of, first_to_fail
+from train.faults.guards import TrainingHalted
+from train.faults.interrupt import Interrupted
+from train.faults.progress import Phase, Place, Progress, Report, read_reports, report_path, who_is_behind
+from train.faults.watchdog import EXIT_CODE, Watchdog, budget
+from train.observe.pace import Lag, Stopwatch
+from train.run.folder import RunFolder
 
 CONFIG = WatchdogConfig(startup_seconds=100, step_seconds=0.2)
 
@@ -132,11 +132,11 @@ def test_a_disk_that_hangs_does_not_keep_a_hanging_rank_alive(
 ) -> None:
     left, is_over = threading.Event(), threading.Event()
     folder, progress = RunFolder(tmp_path), Progress()
-    monkeypatch.setattr("train.watchdog.LAST_WORDS", 0.1)
+    monkeypatch.setattr("train.faults.watchdog.LAST_WORDS", 0.1)
     if hanging == "_publish":
         monkeypatch.setattr(Watchdog, "_publish", lambda *_: is_over.wait(30))
     else:
-        monkeypatch.setattr("train.watchdog.read_reports", lambda _: is_over.wait(30) and [])
+        monkeypatch.setattr("train.faults.watchdog.read_reports", lambda _: is_over.wait(30) and [])
     with Watchdog(CONFIG, folder, 0, 2, progress, BlackBox(folder, 0, progress), lambda _: left.set()):
         for step in (1, 2):
             progress.enter(Phase.data, step, samples=("a",))
@@ -150,11 +150,11 @@ def test_a_device_that_is_gone_does_not_hide_the_failure(tmp_path: Path, monkeyp
     def broken(*_: object) -> Any:
         raise RuntimeError("device-side assert")
 
-    monkeypatch.setattr("train.black_box.peak_memory", broken)
+    monkeypatch.setattr("train.faults.black_box.peak_memory", broken)
     leave_box(folder, 0, ZeroDivisionError("the cause"))
     told = json.loads((folder.black_boxes / "rank_0.json").read_text())
     assert (told["message"], told["memory"]) == ("the cause", {"unknown": "device-side assert"})
-    monkeypatch.setattr("train.black_box.read_reports", broken)
+    monkeypatch.setattr("train.faults.black_box.read_reports", broken)
     leave_box(folder, 0, ZeroDivisionError("the cause"))
 
 

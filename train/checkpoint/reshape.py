@@ -14,7 +14,7 @@ from train.checkpoint.room import check_room
 from train.distributed import alone
 from train.engine.saved import Saved
 from train.engine.universal import convert
-from train.folder import sync_folder
+from train.run.folder import sync_folder
 
 log = logging.getLogger(__name__)
 

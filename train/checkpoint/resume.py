@@ -16,9 +16,9 @@ from train.config import RunConfig
 from train.distributed import World, alone
 from train.engine import Engine
 from train.engine.saved import Saved
-from train.fingerprint import fingerprint, join
-from train.folder import RunFolder
-from train.identity import check_same_data, differences, numbers_digest
+from train.run.fingerprint import fingerprint, join
+from train.run.folder import RunFolder
+from train.run.identity import check_same_data, differences, numbers_digest
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from train.checkpoint import seal
 from train.distributed import World, alone
-from train.folder import sync_folder, write_atomically
+from train.run.folder import sync_folder, write_atomically
 
 log = logging.getLogger(__name__)
 

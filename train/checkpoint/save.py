@@ -16,8 +16,8 @@ from train.checkpoint.room import bytes_of, check_room
 from train.checkpoint.state import TrainerState
 from train.distributed import World
 from train.engine import Engine
-from train.fingerprint import Print, fingerprint, join
-from train.folder import RunFolder, sync_folder, write_atomically
+from train.run.fingerprint import Print, fingerprint, join
+from train.run.folder import RunFolder, sync_folder, write_atomically
 from train.writing import together
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from typing import Any
 
 from anchorformer.weights import sha256
 from train.distributed import World
-from train.folder import write_atomically
+from train.run.folder import write_atomically
 
 MANIFEST, COMPLETE = "MANIFEST.json", "COMPLETE"
 FORMAT = 3

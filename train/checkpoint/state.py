@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from train.config import RunConfig
-from train.identity import Identity
+from train.run.identity import Identity
 
 FILE = "trainer.json"
 

@@ -18,8 +18,8 @@ from train.distributed import World
 from train.engine import whole
 from train.engine.saved import Form, Saved
 from train.engine.universal import Universal
-from train.fingerprint import Piece
 from train.optim import full_shape
+from train.run.fingerprint import Piece
 from train.writing import together
 
 

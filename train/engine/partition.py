@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from train.fingerprint import Piece
 from train.optim import full_shape, prime
+from train.run.fingerprint import Piece
 
 
 class Partition:

@@ -14,9 +14,9 @@ from anchorformer.weights import part_state
 from train.config import Part, RunConfig
 from train.distributed import World
 from train.engine.base import Engine, squared_norms
-from train.fingerprint import Piece
 from train.loss import supervised_loss
 from train.optim import build_optimizer, build_scheduler, part_of_parameter, prime
+from train.run.fingerprint import Piece
 from train.stage import assert_declared
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from train.distributed import World
-from train.fingerprint import Piece
+from train.run.fingerprint import Piece
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps of every parameter beside its weights."""

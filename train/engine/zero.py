@@ -20,9 +20,9 @@ from train.distributed import World
 from train.engine.base import Engine, squared_norms
 from train.engine.files import Files
 from train.engine.partition import Partition
-from train.fingerprint import Piece
 from train.loss import supervised_loss
 from train.optim import build_optimizer, build_scheduler, part_of_parameter
+from train.run.fingerprint import Piece
 from train.stage import assert_declared
 
 log = logging.getLogger(__name__)

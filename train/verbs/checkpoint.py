@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from anchorformer.errors import UserError
-from train.folder import RunFolder
-from train.lock import held
+from train.run.folder import RunFolder
+from train.run.lock import held
 
 
 def main(arguments: list[str]) -> int:
@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
 
 def verify(folder: RunFolder, rest: Sequence[str]) -> int:
     """Reads every file that has a hash; 1 where one is not as the run left it."""
-    from train.verify import verify as look
+    from train.run.verify import verify as look
 
     _no_more(rest)
     findings = []

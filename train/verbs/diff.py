@@ -7,8 +7,8 @@ from itertools import groupby
 from pathlib import Path
 
 from anchorformer.errors import UserError
-from train.diff import compare
-from train.folder import RunFolder
+from train.run.diff import compare
+from train.run.folder import RunFolder
 
 
 def main(arguments: list[str]) -> int:

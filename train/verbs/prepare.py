@@ -7,8 +7,8 @@ import sys
 
 from anchorformer.errors import UserError
 from train.compose import compose
-from train.lock import release
 from train.prepare import is_done, prepare, run_folder
+from train.run.lock import release
 from train.start import Topology, check_nodes
 
 

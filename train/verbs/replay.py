@@ -14,8 +14,8 @@ from anchorformer.schema import to_plain
 from train.checkpoint import damage
 from train.config import LogConfig
 from train.distributed import alone
-from train.folder import RunFolder, write_atomically
-from train.replay import Order, recorded_steps
+from train.faults.replay import Order, recorded_steps
+from train.run.folder import RunFolder, write_atomically
 from train.start import Topology, check_devices, start
 
 

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 from anchorformer.errors import UserError
-from train.folder import RunFolder
-from train.lock import acquire
+from train.run.folder import RunFolder
+from train.run.lock import acquire
 from train.start import Topology, check_devices, check_nodes, start
 
 

@@ -12,8 +12,8 @@ from anchorformer.weights import MANIFEST, check_folder, sha256
 from train.checkpoint import retention, seal, state
 from train.checkpoint.resume import check_metrics
 from train.distributed import alone
-from train.folder import RunFolder
-from train.identity import MUST_STAY
+from train.run.folder import RunFolder
+from train.run.identity import MUST_STAY
 
 
 @dataclass(frozen=True)

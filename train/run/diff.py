@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from anchorformer.schema import to_plain
-from train.folder import RunFolder
-from train.identity import MEANING, differences, numbers
-from train.metrics import read_lines
+from train.observe.metrics import read_lines
+from train.run.folder import RunFolder
+from train.run.identity import MEANING, differences, numbers
 
 OF_AN_ATTEMPT = ("command", "started", "before", "host", "variables.JOB_ID", "variables.SLURM_")
 """Beginnings of what every start has of its own."""

@@ -13,8 +13,8 @@ import torch
 
 from train.config import Part
 from train.facts import StepFacts
-from train.folder import write_atomically
-from train.mfu import Mfu
+from train.observe.mfu import Mfu
+from train.run.folder import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def step_record(
 def time_record(
     seconds: float, data_wait: float, facts: StepFacts, device: torch.device, mfu: Mfu | None = None
 ) -> dict[str, float]:
-    """Rates over all ranks, what each took by itself (`train.pace`), and rank 0's wait for data and peak memory."""
+    """Rates over all ranks, what each took by itself (`observe.pace`), and rank 0's wait for data and peak memory."""
     own = facts.own_seconds
     return {
         "seconds": seconds,

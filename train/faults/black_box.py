@@ -16,11 +16,11 @@ import torch
 
 from anchorformer.errors import UserError
 from anchorformer.schema import to_plain
-from train.environment import mask_values
-from train.folder import RunFolder, write_atomically
-from train.interrupt import Interrupted
-from train.metrics import peak_memory
-from train.progress import Progress, Report, read_reports
+from train.faults.interrupt import Interrupted
+from train.faults.progress import Progress, Report, read_reports
+from train.observe.metrics import peak_memory
+from train.run.environment import mask_values
+from train.run.folder import RunFolder, write_atomically
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from train.config import Part
 from train.distributed import World
 from train.engine import Engine
 from train.facts import StepFacts
-from train.fingerprint import Print, fingerprint
+from train.run.fingerprint import Print, fingerprint
 
 log = logging.getLogger(__name__)
 

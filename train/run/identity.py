@@ -17,7 +17,7 @@ from train.config import RunConfig
 
 log = logging.getLogger(__name__)
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ROOMS = ("anchorformer", "data", "evals", "train")
 PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "hydra-core", "tokenizers", "safetensors", "numpy")
 MAY_CHANGE = {

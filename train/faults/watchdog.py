@@ -11,10 +11,10 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from train.black_box import HUNG, BlackBox
 from train.config import WatchdogConfig
-from train.folder import RunFolder
-from train.progress import IN_STEPS, Place, Progress, Report, read_reports, report_path, who_is_behind
+from train.faults.black_box import HUNG, BlackBox
+from train.faults.progress import IN_STEPS, Place, Progress, Report, read_reports, report_path, who_is_behind
+from train.run.folder import RunFolder
 
 log = logging.getLogger(__name__)
 

@@ -1,8 +1,8 @@
 """torchrun with an exit code and a line that say why it ended, and no restart of ranks that ended on purpose.
 
-`python -m train.agent` takes torchrun's own arguments, the last one a run folder. torchrun itself ends with 1 whatever
-its ranks ended with, so that a user's mistake (2), a halted run (3), a hang (4), an interruption (75) and a crash could
-not be told apart.
+`python -m train.faults.agent` takes torchrun's own arguments, the last one a run folder. torchrun itself ends with 1
+whatever its ranks ended with, so that a user's mistake (2), a halted run (3), a hang (4), an interruption (75) and a
+crash could not be told apart.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from torch.distributed.launcher import api as launcher
 from torch.distributed.run import parse_args, run
 
 from anchorformer.errors import UserError
-from train import interrupt, lock
-from train.black_box import first_to_fail
-from train.folder import RunFolder
-from train.watchdog import leave_later
+from train.faults import interrupt
+from train.faults.black_box import first_to_fail
+from train.faults.watchdog import leave_later
+from train.run import lock
+from train.run.folder import RunFolder
 
 ELASTIC = "torch.distributed.elastic"
 ON_PURPOSE = (UserError.exit_code, 3, interrupt.EXIT_CODE)

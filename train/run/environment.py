@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from train.identity import ROOT, code_digest, package_versions
+from train.run.identity import ROOT, code_digest, package_versions
 
 RECORDED = (
     "CUDA_", "DS_", "GLOO_", "HEAD_", "HF_", "HTTP", "JOB_ID", "LD_LIBRARY_PATH", "MKL_", "NCCL_", "NODE_", "NVIDIA_",

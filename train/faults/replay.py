@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from anchorformer.errors import UserError
-from train.folder import RunFolder, write_atomically
-from train.guards import TrainingHalted
-from train.metrics import read_lines
+from train.faults.guards import TrainingHalted
+from train.observe.metrics import read_lines
+from train.run.folder import RunFolder, write_atomically
 from train.trainer import Loop, Run
 
 log = logging.getLogger(__name__)
