@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from enum import Enum
 
-from evals.metrics import anls as _anls
-from evals.metrics import exact_match as _exact_match
-from evals.metrics import relaxed_accuracy as _relaxed_accuracy
+from evals.metrics import anls, choice, exact_match, mme, pope, relaxed_accuracy, vqa_accuracy
+from evals.metrics.base import Metric
 
 
 class MetricName(str, Enum):
     anls = "anls"
     relaxed_accuracy = "relaxed_accuracy"
     exact_match = "exact_match"
-
-
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """A score of one answer.
-
-    Attributes:
-        score: prediction and accepted references (at least one) to a value in [0, 1].
-        variant: which of the published definitions this is, for the result file.
-    """
-
-    score: Callable[[str, Sequence[str]], float]
-    variant: str
+    vqa_accuracy = "vqa_accuracy"
+    choice = "choice"
+    pope = "pope"
+    mme = "mme"
 
 
 METRICS = {
-    MetricName.anls: Metric(_anls.anls, _anls.VARIANT),
-    MetricName.relaxed_accuracy: Metric(_relaxed_accuracy.relaxed_accuracy, _relaxed_accuracy.VARIANT),
-    MetricName.exact_match: Metric(_exact_match.exact_match, _exact_match.VARIANT),
+    MetricName.anls: Metric(anls.DEFINITIONS),
+    MetricName.relaxed_accuracy: Metric(relaxed_accuracy.DEFINITIONS),
+    MetricName.exact_match: Metric(exact_match.DEFINITIONS),
+    MetricName.vqa_accuracy: Metric(vqa_accuracy.DEFINITIONS),
+    MetricName.choice: Metric(choice.DEFINITIONS),
+    MetricName.pope: Metric(pope.DEFINITIONS),
+    MetricName.mme: Metric(mme.DEFINITIONS),
 }

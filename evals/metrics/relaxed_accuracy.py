@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-VARIANT = "relaxed accuracy (lmms-eval, pix2struct): 5 %, years included, no stripping"
+from evals.metrics.base import Definition
+
 TOLERANCE = 0.05
 
 
@@ -17,6 +18,16 @@ def relaxed_accuracy(prediction: str, references: Sequence[str]) -> float:
     return float(any(_matches(prediction, reference) for reference in references))
 
 
+def relaxed_accuracy_stripped(prediction: str, references: Sequence[str]) -> float:
+    """The same without white space around the prediction (VLMEvalKit)."""
+    return relaxed_accuracy(prediction.strip(), references)
+
+
+def relaxed_accuracy_strict_years(prediction: str, references: Sequence[str]) -> float:
+    """The same, but a reference that reads as a year (four digits, 1000 to 2999) must be hit exactly."""
+    return float(any(_matches(prediction, text) for text in references if not _is_year(text) or prediction == text))
+
+
 def _matches(prediction: str, reference: str) -> bool:
     predicted, expected = _number(prediction), _number(reference)
     if predicted is not None and expected:
@@ -25,8 +36,23 @@ def _matches(prediction: str, reference: str) -> bool:
     return prediction.lower() == reference.lower()
 
 
+def _is_year(text: str) -> bool:
+    return len(text) == 4 and text.isascii() and text.isdigit() and text[0] in "12"
+
+
 def _number(text: str) -> float | None:
     try:
         return float(text.rstrip("%")) / 100.0 if text.endswith("%") else float(text)
     except ValueError:
         return None
+
+
+DEFINITIONS = {
+    "lmms_eval": Definition(
+        relaxed_accuracy, "relaxed accuracy (lmms-eval, pix2struct): 5 %, years included, no stripping"
+    ),
+    "vlmevalkit": Definition(relaxed_accuracy_stripped, "relaxed accuracy (VLMEvalKit): 5 %, prediction stripped"),
+    "strict_years": Definition(
+        relaxed_accuracy_strict_years, "relaxed accuracy, ours and not published: 5 %, but years must be equal"
+    ),
+}

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
+
+from pydantic import Field
 
 from anchorformer.schema import Schema, parse_plugin
 from data.sources.base import PACKAGE as SOURCES
@@ -82,10 +84,16 @@ class AnswerTask(TaskConfig):
     """Base of the tasks that let the model answer and score the text."""
 
     metric: MetricName
-    max_new_tokens: int
+    variant: str | None = None
+    """Which published definition of the metric; null is the one that this project's scores are quoted in."""
+    max_new_tokens: Annotated[int, Field(ge=1)]
+    """Longest answer."""
+
+    def __post_init__(self) -> None:
+        METRICS[self.metric].named(self.variant)
 
     def answer(self, questions: Sequence[Question], respondent: Respondent) -> list[Outcome]:
-        score = METRICS[self.metric].score
+        score = METRICS[self.metric].named(self.variant)[1].score
         texts = respondent.answers(questions, self.max_new_tokens)
         return [
             Outcome(text, score(text, item.references) if item.references else None)
@@ -93,8 +101,10 @@ class AnswerTask(TaskConfig):
         ]
 
     def describe(self) -> dict[str, Any]:
+        name, definition = METRICS[self.metric].named(self.variant)
         return {
             "metric": self.metric.value,
-            "metric_variant": METRICS[self.metric].variant,
+            "variant": name,
+            "metric_variant": definition.text,
             "decoding": {"method": "greedy", "max_new_tokens": self.max_new_tokens},
         }
