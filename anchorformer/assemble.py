@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.image_processing_base import ImageProcessingMixin
 
@@ -48,7 +49,7 @@ def assemble(
     # Everything that can be refused is refused here, from configurations and tokenizer files alone.
     selector_config, connector_config = parse_parts(selector, connector)
     vision_config, text_config = _vision_config(vision), _text_config(language_model)
-    mean, std = _image_statistics(vision)
+    mean, std = image_statistics(vision)
     with torch.device("meta"):
         shape = VisionTower.from_config(vision_config, selector_config.needs)
     num_anchors = selector_config.count(shape.num_tokens, shape.num_heads, shape.has_cls)
@@ -79,18 +80,29 @@ def assemble(
         image_token_id=processor.image_token_id, image_mean=mean, image_std=std,
         architectures=["AnchorFormerForConditionalGeneration"],
     )  # fmt: skip
-    generation = GenerationConfig.from_model_config(llm.config)
+    model = torch.nn.ModuleDict({"vision_tower": tower, "connector": fresh, "language_model": llm})
+    tied = {f"language_model.{name}" for name in llm.all_tied_weights_keys}
+    return write_folder(out, config, processor, {part: part_state(model, part, tied) for part in model})
+
+
+def write_folder(
+    out: Path, config: AnchorFormerConfig, processor: AnchorFormerProcessor,
+    parts: Mapping[str, Mapping[str, Tensor]],
+) -> Path:  # fmt: skip
+    """A model folder with everything that stands beside the weights; it appears under its name only when complete.
+
+    Args:
+        parts: as `write_parts` takes them.
+    """
+    generation = GenerationConfig.from_model_config(config.text_config)
     # A placeholder is something that is read, never something that is said.
     generation.update(suppress_tokens=[processor.image_token_id], pad_token_id=_pad_token_id(processor.tokenizer))
-
     partial = out.with_name(f".tmp-{out.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for description in (config, generation, processor):
         description.save_pretrained(partial)
-    model = torch.nn.ModuleDict({"vision_tower": tower, "connector": fresh, "language_model": llm})
-    tied = {f"language_model.{name}" for name in llm.all_tied_weights_keys}
-    write_parts(partial, {part: part_state(model, part, tied) for part in model})
+    write_parts(partial, parts)
     if out.exists():
         shutil.rmtree(out)
     partial.rename(out)
@@ -114,14 +126,14 @@ def _text_config(name: str) -> PreTrainedConfig:
     return config
 
 
-def _image_statistics(vision: str) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+def image_statistics(vision: str) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Mean and standard deviation per channel that the tower's images were normalised with."""
     role = "vision tower's preprocessor_config.json"
     values, _ = load(role, vision, ImageProcessingMixin.get_image_processor_dict)
     mean, std = values.get("image_mean"), values.get("image_std")
     if not (_is_rgb(mean) and _is_rgb(std) and min(std) > 0):
         raise UserError(
-            f"no image statistics beside the vision tower {vision}", found=f"image_mean={mean}, image_std={std}",
+            f"no image statistics beside {vision}", found=f"image_mean={mean}, image_std={std}",
             expected="preprocessor_config.json with image_mean and image_std, three numbers each",
             remedy="copy the file from the published model into the folder",
         )  # fmt: skip

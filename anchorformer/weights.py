@@ -63,7 +63,7 @@ def derive_folder(
     """
     base_map = read_index(base)
     for part, tensors in replaced.items():
-        _compare(f"{part} to be written to {out}", {k: tuple(v.shape) for k, v in tensors.items()},
+        compare_shapes(f"{part} to be written to {out}", {k: tuple(v.shape) for k, v in tensors.items()},
                  {k: v for k, v in read_shapes(base).items() if k.startswith(part + ".")})  # fmt: skip
     stale = {name for key, name in base_map.items() if key.split(".", 1)[0] in replaced}
     known = read_manifest(base)
@@ -140,7 +140,7 @@ def check_folder(
         model = AnchorFormerForConditionalGeneration(config)
     tied = set(model.all_tied_weights_keys)
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
-    _compare(f"model folder {folder}", read_shapes(folder), expected)
+    compare_shapes(f"model folder {folder}", read_shapes(folder), expected)
     return config
 
 
@@ -173,15 +173,24 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor, read from the shards' headers alone."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name in sorted(set(read_index(folder).values())):
-        try:
-            with safe_open(folder / name, framework="pt") as shard:
-                shapes |= {key: tuple(shard.get_slice(key).get_shape()) for key in shard.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"{folder / name} cannot be read", found=error, expected="a safetensors file",
-                remedy="restore the file or write the folder again; a clone without git-lfs holds pointers",
-            ) from None  # fmt: skip
+        shapes |= read_header(folder / name)
     return shapes
+
+
+def read_header(shard: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of one safetensors file.
+
+    Raises:
+        UserError: it is not one.
+    """
+    try:
+        with safe_open(shard, framework="pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{shard} cannot be read", found=error, expected="a safetensors file",
+            remedy="restore the file or write the folder again; a clone without git-lfs holds pointers",
+        ) from None  # fmt: skip
 
 
 def read_index(folder: Path) -> dict[str, str]:
@@ -255,7 +264,11 @@ def _link(source: Path, target: Path) -> None:
         shutil.copy2(source, target)
 
 
-def _compare(what: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+def compare_shapes(what: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """
+    Raises:
+        UserError: names or shapes that differ; the first few of each kind are named.
+    """
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     other = sorted(name for name in expected.keys() & found.keys() if found[name] != expected[name])
     if missing or extra or other:
