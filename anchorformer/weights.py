@@ -52,7 +52,7 @@ def derive_folder(
 ) -> Path:
     """A new model folder like `base` with the tensors of some parts replaced; unchanged files are linked, not copied.
 
-    The folder appears under its name only when it is complete.
+    The folder appears under its name only when it is complete, and then stays there through a power cut.
 
     Args:
         replaced: part -> every tensor of that part, under its full name.
@@ -60,6 +60,7 @@ def derive_folder(
 
     Raises:
         UserError: the names or shapes of a replaced part differ from the base's.
+        OSError, safetensors.SafetensorError: the disk does not take it; nothing of it is left.
     """
     base_map = read_index(base)
     for part, tensors in replaced.items():
@@ -67,12 +68,52 @@ def derive_folder(
                  {k: v for k, v in read_shapes(base).items() if k.startswith(part + ".")})  # fmt: skip
     stale = {name for key, name in base_map.items() if key.split(".", 1)[0] in replaced}
     known = read_manifest(base)
-    partial = out.with_name(f".tmp-{out.name}")
+    partial = partial_of(out)
     shutil.rmtree(partial, ignore_errors=True)
+    try:
+        _write_derived(partial, base, replaced, stale, base_map, known, processor)
+    except (OSError, SafetensorError):
+        shutil.rmtree(partial, ignore_errors=True)  # a full disk is not made fuller
+        raise
+    if out.exists():
+        shutil.rmtree(out)
+    partial.rename(out)
+    _sync(out.parent)
+    return out
+
+
+def partial_of(out: Path) -> Path:
+    """What a folder is called as long as `derive_folder` writes it."""
+    return out.with_name(f".tmp-{out.name}")
+
+
+def bytes_copied(base: Path, replaced: Collection[str], place: Path) -> int:
+    """Bytes of shards that `derive_folder` has to copy below `place`: 0 where the two lie on one disk that has links.
+
+    Args:
+        replaced: parts whose shards are written anew and are not counted.
+    """
+    kept = {name for key, name in read_index(base).items() if key.split(".", 1)[0] not in replaced}
+    if not kept:
+        return 0
+    probe = place / f".probe-{os.getpid()}"
+    try:
+        os.link(base / min(kept), probe)
+    except OSError:
+        manifest = read_manifest(base)
+        return sum(manifest[name]["bytes"] for name in kept)
+    probe.unlink()
+    return 0
+
+
+def _write_derived(
+    partial: Path, base: Path, replaced: Mapping[str, Mapping[str, Tensor]], stale: Collection[str],
+    base_map: Mapping[str, str], known: Mapping[str, Any], processor: ProcessorMixin | None,
+) -> None:  # fmt: skip
     partial.mkdir(parents=True)
     if processor is not None:
         processor.save_pretrained(partial)
-    linked = [name for name in known if name not in stale | {INDEX} and not (partial / name).exists()]
+    linked = [name for name in known if name not in {*stale, INDEX} and not (partial / name).exists()]
     for name in linked:
         # Only shards are linked, which nobody edits by hand; a change to a linked config would change its siblings'.
         (_link if name.endswith(".safetensors") else shutil.copy2)(base / name, partial / name)
@@ -81,10 +122,8 @@ def derive_folder(
         weight_map |= _write_shards(partial, part, tensors)
     _write_index(partial, weight_map)
     write_manifest(partial, known={name: known[name] for name in linked})
-    if out.exists():
-        shutil.rmtree(out)
-    partial.rename(out)
-    return out
+    for path in (*partial.rglob("*"), partial):
+        _sync(path)
 
 
 def check_folder(
@@ -255,6 +294,15 @@ def _write_index(folder: Path, weight_map: Mapping[str, str]) -> None:
     total = sum((folder / name).stat().st_size for name in set(weight_map.values()))
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _sync(path: Path) -> None:
+    """Makes the contents of a file, or the names in a folder, durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _link(source: Path, target: Path) -> None:

@@ -32,7 +32,10 @@ def main(arguments: list[str]) -> int | None:
             expected=(f"'{near[0]}'? Verbs: " if near else "one of ") + ", ".join(verbs()),
             remedy="overrides are written key=value; python -m train --help",
         )  # fmt: skip
-    code: int | None = importlib.import_module(f"train.verbs.{verb}").main(rest)
+    from train.run.environment import discreet  # after the help, which needs nothing
+
+    with discreet():
+        code: int | None = importlib.import_module(f"train.verbs.{verb}").main(rest)
     return code
 
 

@@ -46,6 +46,14 @@ class World:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
+    def collect(self, value: T) -> list[T] | None:
+        """`value` of every rank, in rank order, on rank 0; None on the others, which see only their own."""
+        if self.control is None:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.is_main else None
+        dist.gather_object(value, values, dst=0, group=self.control)
+        return values
+
     def sum(self, values: list[float]) -> list[float]:
         """Element-wise sum over the ranks in fp64; the same bits on every rank."""
         if self.control is None:

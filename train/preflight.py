@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from train import checkpoint
 from train.checkpoint import TrainerState, retention
 from train.checkpoint.room import bytes_of, check_room
+from train.export import model_bytes
 from train.faults.progress import Phase
-from train.optim import full_shape
 from train.run.fingerprint import fingerprint
 from train.run.identity import Identity, check_ranks_agree, check_same_run
 from train.writing import together
@@ -34,7 +34,7 @@ def before_first_step(run: Run) -> None:
             back what was written.
     """
     world = run.world
-    check_ranks_agree(world.gather((run.config.digest, run.identity)))
+    check_ranks_agree(world.gather(run.identity.to_dict()))
     if run.resumed:
         check_same_run(run.resumed.identity, run.identity, f"the checkpoint of step {run.first}")
     with together(world, run.folder.state):
@@ -50,7 +50,7 @@ def before_first_step(run: Run) -> None:
         run.progress.enter(Phase.save)
         frozen = {name for name, value in run.engine.model.named_parameters() if not value.requires_grad}
         prints = fingerprint({name: piece for name, piece in run.engine.values().items() if name in frozen})
-        state = TrainerState(0, run.steps.state_dict(), run.identity)
+        state = TrainerState(0, run.folder.launch, run.steps.state_dict(), run.identity)
         size = checkpoint.rehearse(run.folder, run.engine, world, state, prints)
         log.info("a checkpoint takes %.1f MB; the untrained state has been saved, read back and removed", size / 1e6)
 
@@ -87,7 +87,5 @@ def _check_room(run: Run) -> None:
     # A new one is complete before the oldest goes; later ones than the first step's are of a course that is left.
     there = sum(folder.name <= f"step-{run.first:08d}" for folder in retention.complete(root))
     more = min(saves, max(1, config.keep + 1 - there))
-    trained = [value for value in run.engine.model.parameters() if value.requires_grad]
-    model = sum(math.prod(full_shape(value)) * value.element_size() for value in trained)
-    needed = more * bytes_of(root, run.engine) + model
+    needed = more * bytes_of(root, run.engine) + model_bytes(run.engine.model, folder=run.folder)
     check_room(root, needed, f"{more} more checkpoint(s) and the trained model")

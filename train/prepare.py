@@ -61,7 +61,7 @@ def prepare(config: RunConfig, command: Sequence[str], *, starts_here: bool = Tr
             _compare_start(folder)
             _fit_checkpoint(config, folder)
             folder.forget_last_end()
-        texts["environment.json"] = json.dumps(_environment(folder, command), indent=2) + "\n"
+        texts[folder.environment.name] = json.dumps(_environment(folder, command), indent=2) + "\n"
         # Last the config: a folder that has one is one that ranks can be started on.
         texts["config.yaml"] = yaml.safe_dump(to_plain(config), sort_keys=False)
         folder.write_sealed(texts)
@@ -220,8 +220,7 @@ def _runs_near(path: Path, output_root: Path) -> list[Path]:
 
 def _environment(folder: RunFolder, command: Sequence[str]) -> dict[str, Any]:
     """The facts of this attempt, and of those before it."""
-    path = folder.path / "environment.json"
-    earlier = json.loads(path.read_text()) if path.is_file() else None
+    earlier = json.loads(folder.environment.read_text()) if folder.environment.is_file() else None
     before = [] if earlier is None else [*earlier.pop("before"), earlier]
     return {**environment.facts(command), "before": before}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import logging
 import multiprocessing
 import os
@@ -39,15 +38,14 @@ from train.precision import choose_dtype
 from train.repro import naming_what_is_not_deterministic, set_determinism
 from train.run import environment
 from train.run.folder import RunFolder
-from train.run.identity import identify
+from train.run.identity import check_ranks_agree, identify, seen_first
+from train.run.process import AGENT, end_with_parent
 from train.stage import freeze, render, table, trained_digest
 from train.trainer import Run, train
 
 # Under torchrun this file is `__main__`, which would tell a reader of the log nothing.
 log = logging.getLogger("train.rank")
 
-PR_SET_PDEATHSIG = 1
-"""Of Linux' prctl: the signal that a process gets when its parent dies."""
 OWN_LOGGERS = ("anchorformer", "data", "train")
 """What is worth a line at INFO; of other packages only warnings are."""
 
@@ -65,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start_logging(folder, rank)
     progress = Progress()
     try:
-        with StopRequest() as stop, BlackBox(folder, rank, progress) as box:
+        with environment.discreet(), StopRequest() as stop, BlackBox(folder, rank, progress) as box:
             config = folder.read_config()
             box.config = config.digest
             prepare_process(config)
@@ -73,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 timeout = timedelta(seconds=config.watchdog.collective_seconds)
                 world = distributed.start(config.hardware.device, timeout)
                 box.device = world.device
+                check_ranks_agree(world.gather(seen_first(config)))
                 with naming_what_is_not_deterministic():
                     run_rank(config, folder, world, progress, stop)
     except Interrupted as interruption:
@@ -143,11 +142,10 @@ def run_rank(
 def resume_from(config: RunConfig, folder: RunFolder, world: World) -> str:
     """`config.resume` when the ranks of a launch start first; once they have saved, their newest checkpoint.
 
-    torchrun may have started them again since, and does not tell all nodes alike that it has; but every launch writes
-    the config before anything else.
+    torchrun may have started them again since, and does not tell all nodes alike that it has; but every launch counts
+    itself in the folder, and every checkpoint says which one wrote it.
     """
-    launched = folder.config.stat().st_mtime
-    has_saved = any(seal.stat().st_mtime > launched for seal in folder.state.glob(f"step-*/{checkpoint.COMPLETE}"))
+    has_saved = world.is_main and config.resume != "auto" and checkpoint.has_saved(folder, config.resume)
     return world.broadcast("auto" if has_saved else config.resume)
 
 
@@ -195,9 +193,9 @@ def _log_crash(rank: int, kind: type[BaseException], error: BaseException, trace
 
 def run(arguments: Sequence[str] | None = None) -> NoReturn:
     """`main` as all that this process is for."""
-    if sys.platform == "linux":
+    if AGENT in os.environ:
         # An agent that is killed cannot end its ranks; they are then told to stop as it would have told them.
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        end_with_parent(signal.SIGTERM, parent=int(os.environ[AGENT]))
     try:
         run_guarded(lambda: main(arguments))
     finally:

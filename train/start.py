@@ -14,11 +14,12 @@ from anchorformer.errors import UserError
 from train.compose import ROOT
 from train.config import Device, RunConfig
 from train.faults.interrupt import SIGNALS
+from train.run.process import AGENT
 
 HEAD_PORT = 29400
 NOT_INHERITED = (
     "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
-    "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+    "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", AGENT,
 )  # fmt: skip
 """What an outer torchrun or Slurm step may have left: ranks started here must not take it for their own."""
 FORWARDED = (*SIGNALS, signal.SIGQUIT)

@@ -16,13 +16,13 @@ import torch
 from transformers import ProcessorMixin
 
 from anchorformer.contracts import Batch
-from anchorformer.weights import derive_folder
 from train import checkpoint
 from train.checkpoint import TrainerState
 from train.config import RunConfig
 from train.distributed import World
 from train.engine import Engine
 from train.engine.base import total_norm
+from train.export import export
 from train.facts import gather_facts
 from train.faults.guards import FrozenGuard, check_numbers
 from train.faults.interrupt import Interrupted, StopRequest
@@ -33,6 +33,7 @@ from train.observe.pace import Lag, Stopwatch
 from train.preflight import before_first_step
 from train.run.folder import RunFolder, write_atomically
 from train.run.identity import Identity
+from train.writing import together
 
 log = logging.getLogger(__name__)
 
@@ -106,16 +107,16 @@ def train(run: Run) -> None:
         if stop.step > saved:
             # The loader has already handed out the step that is not taken any more.
             save(run, loop.frozen, stop.step, position)
-        if run.world.is_main:
-            write_atomically(run.folder.interrupted, f"{stop}\n")
-        run.world.barrier()
+        with together(run.world, run.folder.interrupted):
+            if run.world.is_main:
+                write_atomically(run.folder.interrupted, f"{stop}\n")
         raise
     loop.finish()
     run.progress.enter(Phase.export)
     export(run)
-    if run.world.is_main:
-        write_atomically(run.folder.done, f"{run.total_steps} steps\n")
-    run.world.barrier()
+    with together(run.world, run.folder.done):
+        if run.world.is_main:
+            write_atomically(run.folder.done, f"{run.total_steps} steps\n")
 
 
 class Loop:
@@ -157,8 +158,8 @@ class Loop:
 
         progress.enter(Phase.compute)
         seed_step(config.seed, step, world.rank)
-        (loss,) = world.sum([engine.accumulate(batches, facts.supervised)])
-        norms, lrs = engine.part_grad_norms(), engine.lrs
+        loss, norms = engine.agree(engine.accumulate(batches, facts.supervised))
+        lrs = engine.lrs
         check_numbers(step, loss, norms, facts)
 
         progress.enter(Phase.update)
@@ -197,7 +198,7 @@ def save(run: Run, frozen: FrozenGuard, step: int, position: dict[str, Any]) -> 
         position: of the loader, behind that step.
     """
     run.progress.enter(Phase.save)
-    state = TrainerState(step, position, run.identity)
+    state = TrainerState(step, run.folder.launch, position, run.identity)
     keep = run.config.checkpoint.keep
     saved = checkpoint.save(run.folder, run.engine, run.world, state, frozen.frozen, keep)
     log.info("saved %s", saved)
@@ -216,13 +217,3 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     random.seed(int(numbers[0]))
     np.random.seed(int(numbers[0]))
     torch.manual_seed(int(numbers[1]))
-
-
-def export(run: Run) -> None:
-    """Writes the trained model as a folder like the start's; files of parts that were not trained are linked."""
-    gathered = {part.value: run.engine.gather(part) for part in run.config.stage.trains}
-    trained = {part: tensors for part, tensors in gathered.items() if tensors is not None}
-    if run.world.is_main:
-        out = derive_folder(run.folder.start, trained, run.folder.model, run.processor)
-        log.info("wrote %s", out)
-    run.world.barrier()

@@ -56,6 +56,16 @@ def make_run(tiny_folder: Path, tiny_data: Path, tmp_path: Path) -> MakeRun:
     return partial(write_run, tmp_path, tiny_folder, tiny_data)
 
 
+def launch_again(folder: RunFolder, **values: Any) -> None:
+    """What `python -m train` does with a folder that is there: it writes other values, and counts one launch more."""
+    config = {**yaml.safe_load(folder.config.read_text()), **values}
+    earlier = json.loads(folder.environment.read_text())
+    folder.write_sealed({
+        folder.environment.name: json.dumps({"before": [*earlier.pop("before"), earlier]}),
+        folder.config.name: yaml.safe_dump(config),
+    })  # fmt: skip
+
+
 def write_run(root: Path, start: Path, data: Path, name: str, trains: dict[str, Any], **changes: Any) -> RunFolder:
     """A run folder below `root` that ranks can be started on."""
     model = json.loads((start / "config.json").read_text())

@@ -54,8 +54,8 @@ def steps(world: World, folder: str, engine: str, zero: int, bf16: bool, deal: l
     numbers = []
     for seed in range(3):
         batches = batches_for(machine.model, deal, seed)
-        loss = machine.accumulate(batches, sum(batch.num_supervised for batch in batches))
-        numbers += [loss, *machine.part_grad_norms().values()]
+        loss, norms = machine.agree(machine.accumulate(batches, sum(batch.num_supervised for batch in batches)))
+        numbers += [loss, *norms.values()]
         machine.step()
     return numbers
 

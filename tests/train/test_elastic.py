@@ -50,7 +50,7 @@ def advance(engine: Engine, seed: int) -> float:
     world = engine.world
     batches = batches_for(engine.model, DEALS[world.size][world.rank], seed)
     (count,) = world.sum([float(sum(batch.num_supervised for batch in batches))])
-    (loss,) = world.sum([engine.accumulate(batches, int(count))])
+    loss, _ = engine.agree(engine.accumulate(batches, int(count)))
     engine.step()
     return loss
 

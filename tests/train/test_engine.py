@@ -38,8 +38,8 @@ def start(world: World, folder: str, engine: str, zero: int, dtype: str, trains:
 def advance(engine: Engine, seed: int, deal: list[list[list[int]]]) -> float:
     batches = batches_for(engine.model, deal[engine.world.rank], seed)
     (count,) = engine.world.sum([float(sum(batch.num_supervised for batch in batches))])
-    (loss,) = engine.world.sum([engine.accumulate(batches, int(count))])
-    assert total_norm(engine.part_grad_norms()) > engine.config.stage.clip_norm, "clipping must be seen at work"
+    loss, norms = engine.agree(engine.accumulate(batches, int(count)))
+    assert total_norm(norms) > engine.config.stage.clip_norm, "clipping must be seen at work"
     engine.step()
     return loss
 

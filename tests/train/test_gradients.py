@@ -55,8 +55,7 @@ def gradients(
     engine = build_engine(model, config, world, total_steps=4, dtype=torch.float32)
     batches = batches_for(engine.model, deal[world.rank])
     (total,) = world.sum([float(sum(batch.num_supervised for batch in batches))])
-    (loss,) = world.sum([engine.accumulate(batches, int(total))])
-    norms = engine.part_grad_norms()
+    loss, norms = engine.agree(engine.accumulate(batches, int(total)))
     found = {}
     for name, parameter in engine.model.named_parameters():
         if parameter.requires_grad:
@@ -81,9 +80,9 @@ def plain_gradients(folder: Path, deal: list[list[list[int]]], trains: dict[str,
         tie(model)
     engine = build_engine(model, config, alone(), total_steps=4, dtype=torch.float32)
     batches = batches_for(model, deal[0])
-    loss = engine.accumulate(batches, sum(batch.num_supervised for batch in batches))
+    loss, norms = engine.agree(engine.accumulate(batches, sum(batch.num_supervised for batch in batches)))
     found = {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
-    return loss, engine.part_grad_norms(), found
+    return loss, norms, found
 
 
 def assert_same(found: Any, yardstick: Any) -> None:
@@ -169,8 +168,8 @@ def added_up(world: World, folder: str, engine: str, zero: int) -> Any:
     (total,) = world.sum([float(sum(batch.num_supervised for batch in batches))])
 
     def taken(part: list[Batch]) -> tuple[dict[str, torch.Tensor], float]:
-        machine.accumulate(part, int(total))
-        norm = total_norm(machine.part_grad_norms())
+        _, norms = machine.agree(machine.accumulate(part, int(total)))
+        norm = total_norm(norms)
         if isinstance(machine, PlainEngine):
             pairs = machine._pairs.items()
             found = {name: master.grad.clone() for name, (_, master) in pairs if master.grad is not None}

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -94,9 +95,13 @@ def test_ranks_that_are_started_again_go_on_where_they_saved(make_run: MakeRun) 
     assert rank.resume_from(run.read_config(), run, alone()) == "auto"
     go(alone(), str(run.path))
     assert [line["step"] for line in record(run)] == [1, 2, 3, 4, 5]
-    # A new launch writes the config anew, and its word counts again.
-    run.config.write_text(run.config.read_text())
-    assert rank.resume_from(run.read_config(), run, alone()) == "never"
+    # A new launch counts itself, and its word counts again, until it has saved: whatever the clocks of two hosts say.
+    back = replace(run.read_config(), resume=str(run.state / "step-00000002"))
+    assert rank.resume_from(back, run, alone()) == "auto"
+    run.environment.write_text('{"before": [{}]}')
+    for path in run.state.glob("step-*/*"):
+        os.utime(path, (2e9, 2e9))
+    assert rank.resume_from(back, run, alone()) == back.resume
 
 
 def test_signals_are_noted_inside_the_block_only() -> None:

@@ -21,7 +21,7 @@ def holder(**changes: object) -> lock.Holder:
 
 @pytest.mark.parametrize(
     ("other", "is_taken_over"),
-    [({}, True), ({"pid": os.getppid(), "ticks": lock._ticks(os.getppid())}, False), ({"pid": 2**22 - 1}, True),
+    [({}, True), ({"pid": os.getppid(), "ticks": lock.began(os.getppid())}, False), ({"pid": 2**22 - 1}, True),
      ({"ticks": "1"}, True), ({"host": "elsewhere"}, False), ({"host": "elsewhere", "job": "7"}, False),
      ({"host": "elsewhere", "job": "7", "attempt": "0"}, True)],
     ids=["myself", "alive", "gone", "number given again", "another machine", "the same Slurm job",

@@ -19,6 +19,7 @@ import yaml
 from anchorformer.errors import UserError
 from data.config import OnBad
 from tests.train.cases import ALIGN, FINETUNE, run_config
+from tests.train.conftest import launch_again
 from tests.train.ranks import Ranks, RanksFailed
 from train import checkpoint, rank, trainer
 from train.checkpoint import damage, reshape, retention, seal
@@ -181,10 +182,7 @@ def test_only_the_newest_checkpoints_stay(make_run: MakeRun) -> None:
 
 def test_going_back_leaves_the_other_course(saved: RunFolder, make_run: MakeRun) -> None:
     """After resuming an older step, that step's successors are the newest, and pruning spares them."""
-    first = str(saved.state / "step-00000001")
-    config = yaml.safe_load(saved.config.read_text())
-    config |= {"resume": first, "checkpoint": {"every": 1, "keep": 1}}
-    saved.config.write_text(yaml.safe_dump(config))
+    launch_again(saved, resume=str(saved.state / "step-00000001"), checkpoint={"every": 1, "keep": 1})
     run_until(alone(), str(saved.path))
     names = sorted(path.name for path in saved.state.iterdir())
     assert names == ["latest", "step-00000002"], "the course that was left is behind the new one"
@@ -270,9 +268,7 @@ def test_a_checkpoint_that_cannot_be_deleted_does_not_end_the_run(
 
 def test_a_save_that_fails_leaves_nothing(saved: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a full disk it would be in the way of the next one."""
-    config = yaml.safe_load(saved.config.read_text())
-    config["resume"] = str(saved.state / "step-00000001")
-    saved.config.write_text(yaml.safe_dump(config))
+    launch_again(saved, resume=str(saved.state / "step-00000001"))
     left = saved.state / ".tmp-step-00000007"
     left.mkdir()
 
@@ -291,9 +287,7 @@ def test_a_full_disk_is_told_before_saving(
 ) -> None:
     needed = sum(path.stat().st_size for path in (saved.state / "step-00000002").iterdir())
     for folder, free in ((saved, needed // 2), (make_run("fresh", ALIGN, checkpoint__every=1), 0)):
-        config = yaml.safe_load(folder.config.read_text())
-        config["resume"] = str(saved.state / "step-00000001") if folder is saved else "never"
-        folder.config.write_text(yaml.safe_dump(config))
+        launch_again(folder, resume=str(saved.state / "step-00000001") if folder is saved else "never")
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
         with pytest.raises(UserError, match=r"B free\n.*B needed"):
             run_until(alone(), str(folder.path))
@@ -308,8 +302,7 @@ def test_changed_data_are_refused(make_run: MakeRun, tiny_data: Path, tmp_path: 
     config["data"]["root"] = str(copied)
     folder.config.write_text(yaml.safe_dump(config))
     run_until(alone(), str(folder.path))
-    config["resume"] = str(folder.state / "step-00000001")
-    folder.config.write_text(yaml.safe_dump(config))
+    launch_again(folder, resume=str(folder.state / "step-00000001"))
     (copied / "mix.json").write_text((copied / "mix.json").read_text().replace("star", "moon"))
     with pytest.raises(UserError, match="data have changed since the checkpoint of step 1: source mix\n"):
         run_until(alone(), str(folder.path))

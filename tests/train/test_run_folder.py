@@ -13,11 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from anchorformer.errors import UserError
 from tests.train.cases import ALIGN
-from tests.train.conftest import MakeRun, write_run
+from tests.train.conftest import MakeRun, launch_again, write_run
 from tests.train.test_resume import run_until
 from train.checkpoint import retention, seal
 from train.distributed import alone
@@ -156,8 +155,7 @@ def test_a_kill_between_sealed_files_does_no_harm(
 
 
 def test_a_record_that_was_changed_stops_the_resumption(copied: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
-    config = yaml.safe_load(copied.config.read_text()) | {"resume": str(copied.state / "step-00000001")}
-    copied.config.write_text(yaml.safe_dump(config))
+    launch_again(copied, resume=str(copied.state / "step-00000001"))
     first, second = copied.metrics.read_text().splitlines()
     copied.metrics.write_text(first.replace('"loss": ', '"loss": 1') + "\n" + second + "\n")
     with pytest.raises(UserError, match=r"metrics\.jsonl has been changed since step-00000001"):
@@ -216,7 +214,7 @@ def test_another_run_is_refused(change: dict[str, object], words: str) -> None:
     with pytest.raises(UserError, match=words):
         check_same_run(IDENTITY, now, "then")
     with pytest.raises(UserError, match="rank 1 is not at the same run as rank 0") as caught:
-        check_ranks_agree([("d", IDENTITY), ("d", now)])
+        check_ranks_agree([IDENTITY.to_dict(), now.to_dict()])
     assert next(iter(change)) in caught.value.found
 
 
@@ -227,9 +225,9 @@ def test_other_code_is_told_on_resumption_and_refused_between_ranks(caplog: pyte
     assert "the code has changed" in caplog.text
     assert "torch is another version than at then: 2.13.0, now 2.14.0" in caplog.text
     with pytest.raises(UserError, match="rank 1"):
-        check_ranks_agree([("d", IDENTITY), ("d", now)])
+        check_ranks_agree([IDENTITY.to_dict(), now.to_dict()])
     with pytest.raises(UserError, match="rank 1"):
-        check_ranks_agree([("d", IDENTITY), ("e", IDENTITY)])
+        check_ranks_agree([{"configuration": "d"}, {"configuration": "e"}])
 
 
 def test_what_lies_below_state_is_listed_and_pruned(copied: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
@@ -265,7 +263,7 @@ def test_the_verbs_explain_themselves(copied: RunFolder) -> None:
         with pytest.raises(UserError):
             verb.main(words)
     lock.acquire(copied.path)
-    taken = replace(lock.Holder.myself(), pid=os.getppid(), ticks=lock._ticks(os.getppid()))
+    taken = replace(lock.Holder.myself(), pid=os.getppid(), ticks=lock.began(os.getppid()))
     (copied.path / lock.FILE).write_text(json.dumps(asdict(taken)))
     with pytest.raises(UserError, match="another launch holds"):
         verb.main(["prune", str(copied.path)])

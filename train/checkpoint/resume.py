@@ -23,7 +23,7 @@ from train.run.identity import check_same_data, differences, numbers_digest
 log = logging.getLogger(__name__)
 
 PRINTS = "fingerprints.json"
-"""File of a checkpoint: the fingerprint of every parameter, frozen ones too, by name."""
+"""File of a checkpoint: the fingerprint of every parameter, frozen ones too, and of AdamW's moments, by name."""
 
 
 def find(root: Path, resume: str, world: World) -> Path | None:
@@ -61,6 +61,13 @@ def find(root: Path, resume: str, world: World) -> Path | None:
             remedy="restore one of them, or delete them all to start again from the first step",
         )  # fmt: skip
     return None
+
+
+def has_saved(folder: RunFolder, resume: str) -> bool:
+    """Whether the newest launch of a run, which was told to resume from `resume`, has left a checkpoint already."""
+    there = retention.complete(folder.state)
+    # A launch that resumes from nothing was refused where there was anything: what is there is its own.
+    return bool(there) if resume == "never" else any(state.launch_of(position) == folder.launch for position in there)
 
 
 def fit(root: Path, config: RunConfig) -> None:
@@ -155,17 +162,17 @@ def restore(position: Path, engine: Engine, world: World) -> None:
 
 
 def prove(position: Path, engine: Engine, world: World) -> None:
-    """Compares every parameter with the fingerprint that was saved with it; on any number of ranks.
+    """Compares every parameter and moment with the fingerprint that was saved with it; on any number of ranks.
 
     Raises:
         UserError: the loaded weights are not the saved ones (frozen parameters: the run's start folder has changed).
     """
     saved = json.loads((position / PRINTS).read_text())
-    loaded = join(world.gather(fingerprint(engine.values())))
+    loaded = join(world.gather(fingerprint(engine.values() | engine.moments())))
     wrong = sorted({name for name in saved.keys() | loaded.keys() if saved.get(name) != loaded.get(name)})
     if wrong:
         raise UserError(
             f"weights loaded from {position} are not those that were saved",
-            found=f"{len(wrong)} differing parameters, among them {', '.join(wrong[:3])}",
+            found=f"{len(wrong)} differing tensors, among them {', '.join(wrong[:3])}",
             expected="the same bits", remedy="restore the run's start folder as it was when the run began",
         )  # fmt: skip

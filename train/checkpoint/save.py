@@ -109,7 +109,7 @@ def _write(
             partial.mkdir(parents=True)
     written = engine.save(partial)
     trained = {name: piece for name, piece in engine.values().items() if name not in frozen}
-    prints = join(world.gather(frozen | fingerprint(trained)))
+    prints = join(world.gather(frozen | fingerprint(trained | engine.moments())))
     entries: seal.Entries = {}
     with together(world, partial):
         if world.is_main:

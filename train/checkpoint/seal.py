@@ -13,7 +13,7 @@ from train.distributed import World
 from train.run.folder import write_atomically
 
 MANIFEST, COMPLETE = "MANIFEST.json", "COMPLETE"
-FORMAT = 3
+FORMAT = 4
 """Of the manifest and the files it lists; a checkpoint of another format is not read."""
 
 Entries = dict[str, dict[str, Any]]

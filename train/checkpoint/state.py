@@ -21,11 +21,13 @@ class TrainerState:
 
     Attributes:
         step: optimizer steps taken.
+        launch: `RunFolder.launch` of the attempt that took them.
         loader: the sampler's position.
         identity: what the numbers depend on.
     """
 
     step: int
+    launch: int
     loader: dict[str, Any]
     identity: Identity
 
@@ -48,8 +50,9 @@ def write(folder: Path, state: TrainerState, config: RunConfig, base: Path, metr
         metrics: size and hash of metrics.jsonl as it is now.
     """
     facts = {
-        "step": state.step, "loader": state.loader, "random": "drawn anew from (seed, step, rank) in every step",
-        "layout": layout(config), "base": str(base), "metrics": metrics, "identity": state.identity.to_dict(),
+        "step": state.step, "launch": state.launch, "loader": state.loader,
+        "random": "drawn anew from (seed, step, rank) in every step", "layout": layout(config), "base": str(base),
+        "metrics": metrics, "identity": state.identity.to_dict(),
     }  # fmt: skip
     (folder / FILE).write_text(json.dumps(facts, indent=2) + "\n")
     return folder / FILE
@@ -60,6 +63,14 @@ def read(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / FILE).read_text()))
 
 
+def launch_of(folder: Path) -> int | None:
+    """Which launch wrote a checkpoint; None where the file is damaged, as all will find who resume from it."""
+    try:
+        return int(read(folder)["launch"])
+    except (ValueError, KeyError):
+        return None
+
+
 def parse(facts: dict[str, Any]) -> TrainerState:
     """The state among the facts."""
-    return TrainerState(facts["step"], facts["loader"], Identity(**facts["identity"]))
+    return TrainerState(facts["step"], facts["launch"], facts["loader"], Identity(**facts["identity"]))

@@ -26,7 +26,7 @@ from train.writing import together
 class Engine(abc.ABC):
     """Gradients, the optimizer's step and their state, over one process or many.
 
-    A step is `accumulate`, then `part_grad_norms` if wanted, then `step`.
+    A step is `accumulate`, `agree`, `step`.
     """
 
     model: nn.Module
@@ -59,9 +59,25 @@ class Engine(abc.ABC):
     def _backward(self, batch: Batch, step_supervised: int, *, is_last: bool) -> Tensor:
         """One micro-batch; returns its detached share of the loss."""
 
+    def agree(self, share: float) -> tuple[float, dict[Part, float]]:
+        """What the step has come to, the same on every rank, in one message between them; after `accumulate`.
+
+        Args:
+            share: of the loss, as `accumulate` returned it.
+
+        Returns:
+            The step's loss, and the norm of each trained part's whole gradient before clipping.
+        """
+        squares = squared_norms(self._gradients(), self.config.stage.trains)
+        # Where nothing is parted every rank holds the whole gradient; else a part of its own.
+        parted = list(squares.values()) if self._is_parted else []
+        loss, *totals = self.world.sum([share, *parted])
+        whole_squares = dict(zip(squares, totals, strict=True)) if self._is_parted else squares
+        return loss, {part: square**0.5 for part, square in whole_squares.items()}
+
     @abc.abstractmethod
-    def part_grad_norms(self) -> dict[Part, float]:
-        """Norm of each trained part's whole gradient before clipping, the same on every rank; after `accumulate`."""
+    def _gradients(self) -> Iterable[tuple[Part, Tensor]]:
+        """This rank's part of the reduced gradients."""
 
     @abc.abstractmethod
     def step(self) -> None:
@@ -83,6 +99,11 @@ class Engine(abc.ABC):
         A parameter of which this rank holds nothing is left out.
         """
         return self._pieces(dict(self.model.named_parameters()))
+
+    def moments(self) -> dict[str, Piece]:
+        """`<kind>.<name>` -> what this rank holds of AdamW's moments of each trained parameter."""
+        trained = self._trained()
+        return {f"{kind}.{name}": part for kind in whole.MOMENTS for name, part in self._pieces(trained, kind).items()}
 
     @abc.abstractmethod
     def _pieces(self, parameters: Mapping[str, nn.Parameter], moment: str | None = None) -> dict[str, Piece]:

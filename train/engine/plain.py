@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from anchorformer.contracts import Batch
 from anchorformer.weights import part_state
 from train.config import Part, RunConfig
 from train.distributed import World
-from train.engine.base import Engine, squared_norms
+from train.engine.base import Engine
 from train.loss import supervised_loss
 from train.optim import build_optimizer, build_scheduler, part_of_parameter, prime
 from train.run.fingerprint import Piece
@@ -51,14 +51,10 @@ class PlainEngine(Engine):
                 parameter.grad = None
         return loss.detach()
 
-    def part_grad_norms(self) -> dict[Part, float]:
-        gradients = (
-            (self._owners[id(parameter)], master.grad)
-            for parameter, master in self._pairs.values()
-            if master.grad is not None
-        )
-        squares = squared_norms(gradients, self.config.stage.trains)
-        return {part: square**0.5 for part, square in squares.items()}
+    def _gradients(self) -> Iterator[tuple[Part, Tensor]]:
+        for parameter, master in self._pairs.values():
+            if master.grad is not None:
+                yield self._owners[id(parameter)], master.grad
 
     def step(self) -> None:
         if self.config.stage.clip_norm > 0:

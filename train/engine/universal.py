@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from argparse import Namespace
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from anchorformer.errors import UserError
 from train.engine.files import plain_pickles
+from train.run.process import end_with_parent
 
 WORKERS = 4
 """Processes that cut the files apart; each holds one rank's share of the state."""
@@ -47,17 +49,34 @@ def convert(source: Path, target: Path) -> None:
     """
     # The converter and its workers read pickles with `weights_only=False`, which this variable overrules.
     environment = {**os.environ, "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "DS_ACCELERATOR": "cpu"}
-    command = [sys.executable, "-m", "train.engine.universal", str(source), str(target)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
+    command = [sys.executable, "-m", "train.engine.universal", str(source), str(target), str(os.getpid())]
+    # A group of its own: it has workers, which have to go with it.
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as child:
+        try:
+            _, told = child.communicate()
+        finally:
+            if child.returncode is None:
+                os.killpg(child.pid, signal.SIGKILL)
+    if child.returncode != 0:
         raise UserError(
-            f"{source} cannot be converted for another number of ranks", found=done.stderr.strip()[-2000:],
+            f"{source} cannot be converted for another number of ranks", found=told.strip()[-2000:],
             expected="files that DeepSpeed's ds_to_universal reads",
             remedy="resume on the number of ranks that wrote it",
         )  # fmt: skip
 
 
-def main(source: str, target: str) -> None:
+def main(source: str, target: str, parent: str) -> None:
+    """The process of its own, which ends with the one that has started it."""
+    main_pid = os.getpid()
+
+    def end(*_: object) -> None:
+        # The workers, which inherit this, are ended one by one when their work is done; the main process by its parent.
+        os.killpg(0, signal.SIGKILL) if os.getpid() == main_pid else os._exit(1)
+
+    signal.signal(signal.SIGTERM, end)
+    end_with_parent(signal.SIGTERM, int(parent))
     from deepspeed.checkpoint import ds_to_universal
 
     with plain_pickles():

@@ -59,8 +59,8 @@ def gather(
     for name, shape in shapes.items():
         held = pieces.get(name)
         mine = None if held is None else (held.start, held.values.cpu())
-        parts = world.gather(mine) if is_parted else [mine]
-        if world.is_main:
+        parts = world.collect(mine) if is_parted else [mine]
+        if world.is_main and parts is not None:
             flat = torch.empty(torch.Size(shape).numel(), dtype=torch.float32)
             for start, values in filter(None, parts):
                 flat[start : start + values.numel()] = values

@@ -17,7 +17,7 @@ from anchorformer.contracts import Batch
 from anchorformer.weights import part_state
 from train.config import Part, RunConfig
 from train.distributed import World
-from train.engine.base import Engine, squared_norms
+from train.engine.base import Engine
 from train.engine.files import Files
 from train.engine.partition import Partition
 from train.loss import supervised_loss
@@ -60,14 +60,7 @@ class ZeroEngine(Engine):
         self._deepspeed.backward(loss * self.world.size, scale_wrt_gas=False)
         return loss.detach()
 
-    def part_grad_norms(self) -> dict[Part, float]:
-        squares = squared_norms(self._gradients(), self.config.stage.trains)
-        # Without ZeRO every rank holds the whole gradient; with it, a part of its own.
-        totals = list(squares.values()) if self._stage == 0 else self.world.sum(list(squares.values()))
-        return {part: total**0.5 for part, total in zip(squares, totals, strict=True)}
-
     def _gradients(self) -> Iterator[tuple[Part, Tensor]]:
-        """This rank's part of the reduced gradients."""
         optimizer = self._deepspeed.optimizer
         if self._stage == 0:
             for parameter in self.model.parameters():

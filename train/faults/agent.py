@@ -32,6 +32,7 @@ from train.faults.black_box import first_to_fail
 from train.faults.watchdog import leave_later
 from train.run import lock
 from train.run.folder import RunFolder
+from train.run.process import AGENT
 
 ELASTIC = "torch.distributed.elastic"
 ON_PURPOSE = (UserError.exit_code, 3, interrupt.EXIT_CODE)
@@ -50,6 +51,7 @@ def main(arguments: list[str]) -> int:
     folder = RunFolder(Path(arguments[-1]))
     _hush(folder)
     codes: dict[int, int] = {}
+    os.environ[AGENT] = str(os.getpid())
     launcher.LocalElasticAgent = partial(Agent, folder, codes)  # type: ignore[misc,assignment]
     try:
         run(parse_args(arguments))

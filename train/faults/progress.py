@@ -16,6 +16,7 @@ from traceback import walk_stack
 from typing import Any
 
 from anchorformer.schema import to_plain
+from train.run.process import began
 
 
 class Phase(str, Enum):
@@ -29,10 +30,13 @@ class Phase(str, Enum):
     exchange = "exchanging facts"
     compute = "forward and backward"
     update = "updating"
+    show = "validating"
     save = "saving"
     export = "exporting the model"
 
 
+LONGEST_SILENCE = 30.0
+"""Seconds between two reports of a rank that lives, and so the age of what others can read about it."""
 IN_STEPS = (Phase.data, Phase.exchange, Phase.compute, Phase.update)
 ORDER = {phase: number for number, phase in enumerate(Phase)}
 
@@ -92,6 +96,7 @@ class Report:
         doing: the function that the main thread is in.
         is_waiting: whether that is a collective, so that the rank waits for others.
         written: by the wall clock of the rank's host; once read, by that of the disk, which is one for all hosts.
+        began: when the process began, as `train.run.process` says it.
     """
 
     rank: int
@@ -104,13 +109,14 @@ class Report:
     doing: str
     is_waiting: bool
     written: float
+    began: str
 
     @classmethod
     def of(cls, rank: int, place: Place) -> Report:
         doing, is_waiting = _main_thread()
         return cls(
             rank, socket.gethostname(), os.getpid(), place.phase, place.step, place.samples,
-            round(place.seconds, 1), doing, is_waiting, time.time(),
+            round(place.seconds, 1), doing, is_waiting, time.time(), began(os.getpid()),
         )  # fmt: skip
 
     @classmethod
@@ -155,11 +161,10 @@ def read_reports(black_boxes: Path) -> list[Report]:
     reports = []
     for path in black_boxes.glob("now_*.json"):
         try:
-            values = {**json.loads(path.read_text()), "written": path.stat().st_mtime}
-        except (OSError, ValueError):
-            # Its rank has just ended, or its disk is going.
+            reports.append(Report.parse({**json.loads(path.read_text()), "written": path.stat().st_mtime}))
+        except (OSError, ValueError, TypeError):
+            # Its rank has just ended, its disk is going, or it is of another version.
             continue
-        reports.append(Report.parse(values))
     return sorted(reports, key=lambda report: report.rank)
 
 

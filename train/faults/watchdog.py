@@ -13,7 +13,17 @@ from pathlib import Path
 
 from train.config import WatchdogConfig
 from train.faults.black_box import HUNG, BlackBox
-from train.faults.progress import IN_STEPS, Place, Progress, Report, read_reports, report_path, who_is_behind
+from train.faults.interrupt import Interrupted
+from train.faults.progress import (
+    IN_STEPS,
+    LONGEST_SILENCE,
+    Place,
+    Progress,
+    Report,
+    read_reports,
+    report_path,
+    who_is_behind,
+)
 from train.run.folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -21,8 +31,6 @@ log = logging.getLogger(__name__)
 EXIT_CODE = 4
 LONGEST_PERIOD = 2.0
 """Seconds between two looks at the clock."""
-LONGEST_SILENCE = 30.0
-"""Seconds between two reports, and so the age of what the other ranks can read about this one."""
 LAST_WORDS = 30.0
 """Seconds for the description of an end; whoever writes to a disk that is gone may never come back."""
 
@@ -69,7 +77,7 @@ class Watchdog:
             thread.join(timeout=LONGEST_PERIOD)
         faulthandler.cancel_dump_traceback_later()
         self._stacks.close()
-        if kind is None:
+        if kind in (None, Interrupted):
             # What stays is of ranks that were killed or failed.
             self._report_path.unlink(missing_ok=True)
 

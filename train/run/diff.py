@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from anchorformer.schema import to_plain
-from train.observe.metrics import read_lines
+from train.observe.journal import read_lines
 from train.run.folder import RunFolder
 from train.run.identity import MEANING, differences, numbers
 

@@ -9,10 +9,12 @@ import platform
 import re
 import socket
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
+from anchorformer.errors import UserError
 from train.run.identity import ROOT, code_digest, package_versions
 
 RECORDED = (
@@ -81,6 +83,16 @@ def mask_values(text: str) -> str:
     for value in _secrets():
         text = text.replace(value, MASK)
     return text
+
+
+@contextmanager
+def discreet() -> Iterator[None]:
+    """A block whose mistakes leave it without the secrets of the environment, whoever prints or keeps them."""
+    try:
+        yield
+    except UserError as error:
+        texts = {name: mask_values(getattr(error, name)) for name in ("found", "expected", "remedy")}
+        raise type(error)(mask_values(error.what), **texts) from None
 
 
 class Discreet(logging.Formatter):

@@ -31,6 +31,16 @@ class RunFolder:
         return self.path / "config.yaml"
 
     @property
+    def environment(self) -> Path:
+        """Where each launch came from, as JSON: the newest one, and under `before` those that came before it."""
+        return self.path / "environment.json"
+
+    @property
+    def launch(self) -> int:
+        """How often the run has been launched, whatever torchrun has started again since; 0 for a replay."""
+        return 1 + len(json.loads(self.environment.read_bytes())["before"]) if self.environment.is_file() else 0
+
+    @property
     def identity(self) -> Path:
         """What the run's numbers depend on, by hash, as JSON; written before the first step."""
         return self.path / "identity.json"
@@ -44,6 +54,26 @@ class RunFolder:
     def metrics(self) -> Path:
         """One JSON object per optimizer step, written by rank 0."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def health(self) -> Path:
+        """How the anchors looked at the fixed images, one JSON object per look; `media` has the images."""
+        return self.path / "health.jsonl"
+
+    @property
+    def evals(self) -> Path:
+        """Losses and scores while training, one JSON object per validation and task."""
+        return self.path / "evals.jsonl"
+
+    @property
+    def media(self) -> Path:
+        """Overlays of the anchors and answers.json, in one folder for each look."""
+        return self.path / "media"
+
+    @property
+    def tracker(self) -> Path:
+        """What trackers keep with the run: the ids under which they show it, and offline files."""
+        return self.path / "tracker"
 
     @property
     def state(self) -> Path:

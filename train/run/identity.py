@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,15 @@ ROOMS = ("anchorformer", "data", "evals", "train")
 PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "hydra-core", "tokenizers", "safetensors", "numpy")
 MAY_CHANGE = {
     "run": (), "log": (), "checkpoint": (), "watchdog": (), "repro": (), "resume": (), "output_root": (),
-    "rehearse": (), "zero": (),
+    "rehearse": (), "zero": (), "eval": (), "health": (), "tracker": (),
     "data": ("num_workers", "cache_dir", "on_bad_image", "max_dropped_share", "token_budget"),
     "model": ("published",),
     "hardware": ("threads", "max_restarts", "ranks", "nodes", "micro_batch", "card", "memory_gb",
                  "activation_checkpointing", "compile", "kernels"),
 }  # fmt: skip
-"""Keys of the config, whole or in part, that a resumed run may have otherwise: names, saving and logging; how a step is
-cut and computed, because the next machine may be another; what happens to bad images, because who meets one must be
-able to go on."""
+"""Keys of the config, whole or in part, that a resumed run may have otherwise: names, saving, logging and validating;
+how a step is cut and computed, because the next machine may be another; what happens to bad images, because who meets
+one must be able to go on."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,9 @@ def numbers_digest(config: RunConfig) -> str:
     return hashlib.sha256(json.dumps(numbers(config), sort_keys=True).encode()).hexdigest()
 
 
+@cache
 def code_digest() -> str:
-    """Hash of the Python files of all rooms as they lie on disk, whatever git knows of them."""
+    """Hash of the Python files of all rooms as they lay on disk when first asked for, whatever git knows of them."""
     digest = hashlib.sha256()
     for room in ROOMS:
         for path in sorted((ROOT / room).rglob("*.py")):
@@ -161,18 +163,20 @@ MEANING = {
 }  # fmt: skip
 
 
-def check_ranks_agree(ranks: list[tuple[str, Identity]]) -> None:
-    """Compares what all ranks have found on their nodes.
+def seen_first(config: RunConfig) -> dict[str, Any]:
+    """What ranks have to agree on before anything that they do together depends on it."""
+    return {"configuration": config.digest, "code": code_digest(), "versions": package_versions()}
 
-    Args:
-        ranks: per rank the hash of its whole configuration, and its identity.
+
+def check_ranks_agree(ranks: list[dict[str, Any]]) -> None:
+    """Compares what all ranks have found on their nodes: `seen_first`, and the whole identity once it is known.
 
     Raises:
         UserError: a rank reads another config, code, data or library than rank 0.
     """
-    first = {"configuration": ranks[0][0], **ranks[0][1].to_dict()}
-    for rank, (config, identity) in enumerate(ranks):
-        found = list(differences({"configuration": config, **identity.to_dict()}, first))
+    first = ranks[0]
+    for rank, facts in enumerate(ranks):
+        found = list(differences(facts, first))
         if found:
             raise UserError(
                 f"rank {rank} is not at the same run as rank 0",

@@ -14,10 +14,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from anchorformer.errors import UserError
+from train.faults.progress import LONGEST_SILENCE, Report, read_reports
+from train.run.folder import RunFolder
+from train.run.process import began
 
 log = logging.getLogger(__name__)
 
 FILE = "LOCK"
+PATIENCE = 300.0
+"""Seconds that ranks of an earlier launch get to end: they were told to when that was killed, and save first."""
+PERIOD = 1.0
+"""Seconds between two looks at them."""
+SILENT = 3 * LONGEST_SILENCE
+"""Seconds without a report after which a rank on another machine is taken for gone."""
 WRITTEN_WITHIN = 60
 """Seconds after which a lock that is still empty belongs to a process that ended between making and filling it."""
 
@@ -42,7 +51,7 @@ class Holder:
     @classmethod
     def myself(cls) -> Holder:
         return cls(
-            socket.gethostname(), os.getpid(), _ticks(os.getpid()), os.environ.get("SLURM_JOB_ID"),
+            socket.gethostname(), os.getpid(), began(os.getpid()), os.environ.get("SLURM_JOB_ID"),
             os.environ.get("SLURM_RESTART_COUNT", "0"), datetime.now(UTC).isoformat(timespec="seconds"),
         )  # fmt: skip
 
@@ -50,7 +59,7 @@ class Holder:
         """Whether it is certain that this holder has ended; of another machine it is not."""
         if self.job is not None and self.job == me.job and self.attempt != me.attempt:
             return True
-        return self.host == me.host and _ticks(self.pid) != self.ticks
+        return self.host == me.host and began(self.pid) != self.ticks
 
     def is_same(self, other: Holder) -> bool:
         return (self.host, self.pid, self.ticks) == (other.host, other.pid, other.ticks)
@@ -63,7 +72,7 @@ def acquired(folder: Path) -> Iterator[None]:
     Otherwise it goes with the process, also into the program that the process becomes by exec.
 
     Raises:
-        UserError: another launch holds it, or one on another machine that may still be alive.
+        UserError: another launch holds it, or one on another machine that may still be alive; or its ranks do not end.
     """
     acquire(folder)
     try:
@@ -86,11 +95,20 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def acquire(folder: Path) -> None:
-    """Takes the lock, or keeps it where this process has it already.
+    """Takes the lock, or keeps it where this process has it already; then waits for ranks that outlive their launch.
 
     Raises:
         UserError: see `acquired`.
     """
+    _take(folder)
+    try:
+        _wait_for_ranks(folder)
+    except BaseException:
+        release(folder)
+        raise
+
+
+def _take(folder: Path) -> None:
     path, me = folder / FILE, Holder.myself()
     while True:
         try:
@@ -121,6 +139,38 @@ def release(folder: Path) -> None:
     holder = _read(path) if path.is_file() else None
     if holder is not None and holder.is_same(Holder.myself()):
         path.unlink(missing_ok=True)
+
+
+def _wait_for_ranks(folder: Path) -> None:
+    """Returns when nobody writes into the folder any more; the lock is taken already.
+
+    A launcher that was killed leaves ranks behind, which save before they end.
+    """
+    deadline = time.monotonic() + PATIENCE
+    is_told = False
+    while living := _living(folder):
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"ranks of an earlier launch still run on {folder}", found="; ".join(map(str, living)),
+                expected="none: their launcher is gone",
+                remedy="end them (kill -9 and their pid, on their machine); then start again with resume=auto",
+            )  # fmt: skip
+        if not is_told:
+            log.warning("waiting for ranks of an earlier launch to end: %s", "; ".join(map(str, living)))
+            is_told = True
+        time.sleep(PERIOD)
+
+
+def _living(folder: Path) -> list[Report]:
+    """Ranks that have reported and not ended; of other machines those that have reported lately."""
+    reports = read_reports(RunFolder(folder).black_boxes)
+    host, path = socket.gethostname(), folder / FILE
+    near = [report for report in reports if report.host == host and report.pid != os.getpid()]
+    far = [report for report in reports if report.host != host]
+    if far:
+        path.touch()  # dated by the clock of the disk, as the reports are
+        far = [report for report in far if path.stat().st_mtime - report.written < SILENT]
+    return [report for report in near if began(report.pid) == report.began] + far
 
 
 def _read(path: Path) -> Holder | None:
@@ -160,18 +210,3 @@ def _taken(path: Path, holder: Holder | None) -> UserError:
         f"another launch holds the run folder {path.parent}", found=found, expected="one launch per run",
         remedy=f"wait for it or stop it; if that process is certainly gone, delete {path}",
     )  # fmt: skip
-
-
-def _ticks(pid: int) -> str:
-    """When a process of this machine began; empty where there is no such process."""
-    stat = Path(f"/proc/{pid}/stat")
-    if Path("/proc/self/stat").is_file():
-        # The name in brackets may hold blanks; the begin is the 20th field behind it.
-        return stat.read_text().rpartition(")")[2].split()[19] if stat.is_file() else ""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return ""
-    except PermissionError:
-        pass
-    return "alive"
