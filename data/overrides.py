@@ -175,6 +175,22 @@ def values(override: Override) -> list[str]:
     return [str(item) for item in (value if isinstance(value, list) else [value]) if item is not None]
 
 
+def alternatives(text: str) -> tuple[str, list[Any]] | None:
+    """The key of an override and what it may be: several values of `key=one,other`, as Hydra writes a choice, else one.
+
+    None for a word that is no override, or leaves its values to Hydra; whoever reads it as one says what is wrong.
+    """
+    parser = OverridesParser.create()
+    try:
+        override = parser.parse_override(text)
+    except HydraException:
+        return None
+    key = override.key_or_group
+    if override.is_choice_sweep():
+        return key, [parser.parse_override(f"{key}={value}").value() for value in override.sweep_string_iterator()]
+    return None if override.is_sweep_override() or override.is_delete() else (key, [override.value()])
+
+
 def check_option(group: str, name: str, valid: Sequence[str], remedy: str) -> None:
     """An option must be one of the group's files.
 

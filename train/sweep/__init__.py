@@ -1,0 +1,1 @@
+"""Many runs from one command: points, trials on disk, and who executes them."""

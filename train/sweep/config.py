@@ -1,0 +1,104 @@
+"""What a sweep is: its grids, what is fixed, the stages of a trial, and where trials are executed; imports no torch."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from anchorformer.errors import UserError
+from anchorformer.schema import Schema
+from data.config import Count, NotNegative
+from train.config import Positive, StageName
+
+
+class Executor(str, Enum):
+    """Who starts the trials."""
+
+    local = "local"
+    """This process, on this machine; it ends when they have ended."""
+    slurm = "slurm"
+    """A job array through submitit; this process ends when the array is submitted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmConfig(Schema):
+    """What one trial asks Slurm for beside a card for each of its ranks."""
+
+    partition: str | None = None
+    account: str | None = None
+    hours: Positive = 24.0
+    """Longest for one attempt at a trial."""
+    cpus_per_rank: Count = 8
+    memory_gb: Positive | None = None
+    """Of a trial's node; null leaves it to the cluster."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig(Schema):
+    """One sweep: the union of its grids, once for each seed."""
+
+    name: str
+    """Its folder under `output_root`, and the group of its runs in a tracker."""
+    grids: dict[str, dict[str, Any]]
+    """Name -> axis (config key or group, `align:` or `finetune:` before it limits it to a stage) -> one value or a
+    list of values; points that come to the same configs are one trial, in whichever grids they are."""
+    overrides: tuple[str, ...] = ()
+    """What all trials share, as on the command line of a run, with the same prefixes."""
+    seeds: tuple[NotNegative, ...] = (0,)
+    stages: tuple[StageName, ...] = (StageName.align, StageName.finetune)
+    """Of a trial, in their order; what finetune starts from is its align, or `init_from` where there is none."""
+    evals: dict[StageName, tuple[str, ...]] = field(default_factory=dict)
+    """Stage -> words of `python -m evals` beside model and data.root; none where a stage is not listed."""
+    slots: Count | None = None
+    """Trials at once; null is as many as the cards allow, one on CPU."""
+    cards: tuple[NotNegative, ...] | None = None
+    """Numbers of the CUDA devices to share out, disjoint among trials; null is those that are visible."""
+    executor: Executor = Executor.local
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    retry_failed: bool = False
+    """Whether failed trials are started again; interrupted ones always are."""
+    dry_run: bool = False
+    """Only lists the points with their trials, what is done and what would run."""
+    output_root: str = "checkpoints"
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+def check(sweep: SweepConfig) -> None:
+    """Checks that span several fields.
+
+    Raises:
+        UserError: a name that leads out of `output_root`, no grid or axis without values, a seed twice, stages in the
+            wrong order, evals of a stage that is not run, a card twice.
+    """
+    if not re.fullmatch(r"\w[\w.-]*", sweep.name):
+        raise UserError(
+            "the sweep's name is no folder name", found=f"name={sweep.name}", expected="letters, digits, - _ .",
+            remedy="set output_root=... for another place",
+        )  # fmt: skip
+    empty = [f"{grid}.{axis}" for grid, axes in sweep.grids.items() for axis, value in axes.items() if value == []]
+    if not sweep.grids or empty:
+        raise UserError(
+            "the sweep has no points", found=", ".join(f"{name}=[]" for name in empty) or "grids={}",
+            expected="at least one value on every axis", remedy="give grids.<name>.<axis> values",
+        )  # fmt: skip
+    for what, values in (("seeds", sweep.seeds), ("cards", sweep.cards or (0,)), ("stages", sweep.stages)):
+        if not values or len(set(values)) < len(values):
+            raise UserError(
+                f"{what} has to name different ones", found=f"{what}={[str(value) for value in values]}",
+                expected="at least one, and none twice", remedy=f"e.g. {what}=[0]" if what != "stages" else "stages=[align]",
+            )  # fmt: skip
+    if sweep.stages == (StageName.finetune, StageName.align):
+        raise UserError(
+            "the stages are in the wrong order", found="stages=[finetune,align]", expected="[align,finetune]",
+            remedy="align comes first",
+        )  # fmt: skip
+    idle = [stage.value for stage in sweep.evals if stage not in sweep.stages]
+    if idle:
+        raise UserError(
+            "evals are asked of a stage that is not run", found=", ".join(f"evals.{stage}" for stage in idle),
+            expected=f"stages={[stage.value for stage in sweep.stages]}", remedy=f"drop evals.{idle[0]}, or add the stage",
+        )  # fmt: skip

@@ -1,0 +1,203 @@
+"""From a sweep's grids to its trials: every point composed as a run is, checked, and named by the hash of its configs."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from anchorformer.errors import UserError
+from anchorformer.schema import to_plain
+from train.compose import compose
+from train.config import RunConfig, StageName
+from train.prepare import check_parts
+from train.run.identity import numbers_digest
+from train.sweep.config import SweepConfig
+from train.sweep.trial import State, Step, Trial, TrialFolder
+from train.sweep.words import words_for
+
+TO_COME = "the align run of this trial"
+"""What a finetune's `init_from` is while its trial is composed and hashed: the trial's own id is not known yet."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One place in one grid, and the trial that it comes to."""
+
+    grid: str
+    values: dict[str, Any]
+    trial: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a sweep consists of.
+
+    Attributes:
+        points: of all grids, in their order.
+        trials: folder -> trial, each once; a shared stage 1 comes before the first trial that starts from it.
+        configs: of the trials' runs, by folder and stage.
+    """
+
+    folder: Path
+    points: list[Point]
+    trials: dict[Path, Trial]
+    configs: dict[Path, dict[StageName, RunConfig]]
+
+    @property
+    def of_points(self) -> dict[Path, Trial]:
+        """Without the shared stages 1."""
+        named = {point.trial for point in self.points}
+        return {path: trial for path, trial in self.trials.items() if trial.id in named}
+
+
+def plan(sweep: SweepConfig) -> Plan:
+    """Composes and checks every point, before the first one is started.
+
+    Raises:
+        UserError: a point whose configs do not compose or whose parts do not fit, named; one for several nodes.
+    """
+    folder = Path(sweep.output_root) / sweep.name
+    made = Plan(folder, [], {}, {})
+
+    @cache
+    def composed(stage: StageName, words: tuple[str, ...]) -> RunConfig:
+        return _config(stage, words, sweep)
+
+    for grid, values in points(sweep):
+        try:
+            words = {stage: words_for(stage, sweep.overrides, values) for stage in sweep.stages}
+            # Nothing else of a config depends on the seed, so that it is composed once for all of them.
+            unseeded = {stage: tuple(word for word in words[stage] if not word.startswith("seed=")) for stage in words}
+            configs = {stage: replace(composed(stage, unseeded[stage]), seed=values["seed"]) for stage in words}
+        except UserError as error:
+            where = ", ".join(f"{axis}={value}" for axis, value in values.items())
+            raise UserError(
+                f"grid '{grid}', point {where}: {error.what}", found=error.found, expected=error.expected,
+                remedy=error.remedy,
+            ) from None  # fmt: skip
+        made.points.append(Point(grid, values, _add(made, sweep, values, words, configs)))
+    return made
+
+
+def points(sweep: SweepConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Grid and values of every point: the product of the grid's axes and the seeds, the last axis fastest."""
+    for grid, axes in sweep.grids.items():
+        columns = [value if isinstance(value, list) else [value] for value in axes.values()]
+        for seed in sweep.seeds:
+            for values in itertools.product(*columns):
+                yield grid, {**dict(zip(axes, values, strict=True)), "seed": seed}
+
+
+def config_hash(configs: Mapping[StageName, RunConfig]) -> str:
+    """Hash of every value of the configs that may change what a trial shows; names, paths of its own and threads don't."""
+    plain = {}
+    for stage, config in configs.items():
+        values = to_plain(config)
+        for key in ("run", "resume", "output_root"):
+            del values[key]
+        del values["hardware"]["threads"]
+        plain[stage.value] = values
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def _config(stage: StageName, words: Sequence[str], sweep: SweepConfig) -> RunConfig:
+    given = [f"stage={stage.value}", f"run={sweep.name}", "resume=auto", f"output_root={sweep.output_root}"]
+    if _starts_from_align(stage, sweep):
+        if any(word.startswith("init_from=") for word in words):
+            raise UserError(
+                "init_from is given to finetune by the sweep", found="init_from", expected="align:init_from=...",
+                remedy="or stages=[finetune], which starts from what init_from names",
+            )  # fmt: skip
+        given.append(f'init_from="{TO_COME}"')
+    config = check_parts(compose([*given, *words]))
+    if config.hardware.nodes > 1:
+        raise UserError(
+            "a trial is started on one node", found=f"hardware.nodes={config.hardware.nodes}", expected="1",
+            remedy="hardware=a100x8, or each run by itself with launch/multinode.sh",
+        )  # fmt: skip
+    return config
+
+
+def _add(
+    made: Plan, sweep: SweepConfig, values: dict[str, Any], words: Mapping[StageName, Sequence[str]],
+    configs: Mapping[StageName, RunConfig],
+) -> str:  # fmt: skip
+    """Adds the trial of a point, and the stage 1 that it starts from, where they are not there yet; returns its id."""
+    start: Path | None = None
+    stages = sweep.stages
+    runs: dict[StageName, Path] = {}
+    if len(stages) > 1:
+        align = {StageName.align: configs[StageName.align]}
+        digest = config_hash(align)
+        start = made.folder / "shared" / digest[:12]
+        runs[StageName.align] = start / StageName.align.value
+        if start not in made.trials:
+            point = {axis: value for axis, value in values.items() if not axis.startswith(f"{StageName.finetune.value}:")}
+            made.trials[start] = _trial(digest, point, words, align, runs, sweep, None)
+            made.configs[start] = align
+        stages = (StageName.finetune,)
+    digest = config_hash(configs)
+    folder = made.folder / "trials" / digest[:12]
+    if folder not in made.trials:
+        own = {stage: configs[stage] for stage in stages}
+        runs |= {stage: folder / stage.value for stage in stages}
+        made.trials[folder] = _trial(digest, values, words, own, runs, sweep, start)
+        made.configs[folder] = own
+    return digest[:12]
+
+
+def _trial(
+    digest: str, values: dict[str, Any], words: Mapping[StageName, Sequence[str]], configs: Mapping[StageName, RunConfig],
+    runs: Mapping[StageName, Path], sweep: SweepConfig, start: Path | None,
+) -> Trial:  # fmt: skip
+    steps: list[Step] = []
+    for stage, config in configs.items():
+        path = runs[stage]
+        named = replace(config, run=str(path.relative_to(sweep.output_root)))
+        if _starts_from_align(stage, sweep):
+            named = replace(named, init_from=str(runs[StageName.align]))
+        given = [f"stage={stage.value}", f"run={named.run}", "resume=auto", f"output_root={sweep.output_root}"]
+        if named.init_from and _starts_from_align(stage, sweep):
+            given.append(f"init_from={named.init_from}")
+        train = (sys.executable, "-m", "train", "run", *given, *words[stage])
+        steps.append(Step(name=stage.value, argv=train, run=str(path), numbers=numbers_digest(named)))
+        asked = sweep.evals.get(stage)
+        if asked:
+            evals = (sys.executable, "-m", "evals", f"model={path}", f"data.root={config.data.root}", *asked)
+            steps.append(Step(name=" ".join(("evals", stage.value, *asked)), argv=evals))
+    overrides = list(dict.fromkeys(word for stage in configs for word in words[stage]))
+    return Trial(
+        id=digest[:12], point=values, overrides=tuple(overrides), config_hash=digest,
+        runs={stage.value: str(path) for stage, path in runs.items()}, steps=tuple(steps),
+        needs=str(start) if start else None,
+    )  # fmt: skip
+
+
+def _starts_from_align(stage: StageName, sweep: SweepConfig) -> bool:
+    return stage is StageName.finetune and StageName.align in sweep.stages
+
+
+def adopt(folder: Path, trial: Trial) -> Trial:
+    """Writes what a trial is and keeps what has become of it; one that a process executes is left as it is."""
+    place = TrialFolder(folder)
+    before = place.read()
+    if before is None:
+        return place.write(trial)
+    if place.is_held():
+        return before
+    state = place.state()
+    if state is State.done and any(step.name not in before.finished for step in trial.steps):
+        state = State.pending  # an evaluation more than before
+    return place.write(
+        replace(
+            trial, state=state, started=before.started, ended=before.ended, exit_code=before.exit_code,
+            seconds=before.seconds, finished=before.finished, reason=before.reason,
+        )
+    )  # fmt: skip

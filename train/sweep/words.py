@@ -1,0 +1,102 @@
+"""The command line of a sweep, taken apart: words of the sweep, words of its runs, and axes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from anchorformer.errors import UserError
+from anchorformer.schema import parse
+from data.overrides import CommandLine, alternatives
+from train.config import StageName
+from train.sweep.config import SweepConfig
+
+COMMAND_LINE = CommandLine(command="python -m train sweep", config="sweep", schema=SweepConfig)
+OWN = {"sweep", *(field.name for field in dataclasses.fields(SweepConfig))}
+GIVEN_BY_THE_SWEEP = ("run", "stage", "resume", "rehearse")
+"""Keys of a run that a trial gets from its sweep."""
+
+_PLAIN = re.compile(r"[\w./:@-]+")
+_READ_AS_OTHER = re.compile(r"(?i)true|false|null|nan|inf|[-+]?[\d._]+(e[-+]?\d+)?")
+
+
+def read(arguments: Sequence[str]) -> SweepConfig:
+    """The sweep that a command line means.
+
+    A key of `SweepConfig` is the sweep's own; every other word goes to all runs behind the sweep's `overrides`. One with
+    several values (`model.connector.depth=1,2`) is an axis of every grid, and takes the place of the one it has; so
+    does one with a single value where the grid has that axis.
+
+    Raises:
+        UserError: what `CommandLine` raises for the sweep's own words; a key that the sweep itself gives to its runs.
+    """
+    own = [text for text in arguments if key_of(text) in OWN]
+    others = [text for text in arguments if key_of(text) not in OWN]
+    composed = COMMAND_LINE.compose(COMMAND_LINE.read(own))
+    grids = composed.get("grids") or {"axes": {}}
+    fixed = list(composed.get("overrides", ()))
+    for text in others:
+        stage, word = split_stage(text)
+        key, values = alternatives(word) or (word, [None])
+        axis = f"{stage.value}:{key}" if stage else key
+        for grid in grids.values():
+            if len(values) > 1 or axis in grid:
+                grid[axis] = values
+        if len(values) == 1:
+            fixed.append(text)
+    composed |= {"grids": grids, "overrides": fixed}
+    sweep = parse(SweepConfig, composed, COMMAND_LINE.command, COMMAND_LINE.remedy)
+    for key in [key_of(text) for text in (*sweep.overrides, *(axis for grid in sweep.grids.values() for axis in grid))]:
+        if key in GIVEN_BY_THE_SWEEP:
+            raise UserError(
+                f"'{key}' is given to each run by the sweep", found=key, expected=f"any other key than "
+                f"{', '.join(GIVEN_BY_THE_SWEEP)}", remedy="name=... names the sweep, stages=[...] its stages",
+            )  # fmt: skip
+        if key == "seed":
+            raise UserError(
+                "'seed' is no axis of a grid", found="seed", expected="seeds=[...], which every grid is crossed with",
+                remedy="e.g. seeds=[0,1,2]",
+            )  # fmt: skip
+    return sweep
+
+
+def key_of(text: str) -> str:
+    """The first part of a word's key: `slurm` of `slurm.hours=2`; a stage before it is left off."""
+    key = split_stage(text)[1].partition("=")[0].lstrip("+")
+    return key.partition(".")[0]
+
+
+def split_stage(text: str) -> tuple[StageName | None, str]:
+    """`align:key=value` as its stage and the rest; a word without a stage is meant for all."""
+    head, colon, rest = text.partition(":")
+    stages = {stage.value: stage for stage in StageName}
+    return (stages[head], rest) if colon and head in stages else (None, text)
+
+
+def words_for(stage: StageName, fixed: Iterable[str], point: Mapping[str, Any]) -> list[str]:
+    """The overrides of one stage of a point: of words with the same key the last one stays, and a point's are last."""
+    texts = [*fixed, *(f"{axis}={text(value)}" for axis, value in point.items())]
+    meant = [word for only, word in map(split_stage, texts) if only in (None, stage)]
+    return list({word.partition("=")[0].lstrip("+"): word for word in meant}.values())
+
+
+def text(value: Any) -> str:
+    """A value as the right side of an override.
+
+    Raises:
+        UserError: a mapping, which is several values.
+    """
+    if value is None or isinstance(value, (bool, int, float)):
+        return json.dumps(value)
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(text, value))}]"
+    if isinstance(value, str):
+        is_plain = _PLAIN.fullmatch(value) and not _READ_AS_OTHER.fullmatch(value)
+        return value if is_plain else json.dumps(value, ensure_ascii=False)
+    raise UserError(
+        "a value of an axis is a mapping", found=value, expected="a number, a word, a list",
+        remedy="one axis for each of its keys",
+    )  # fmt: skip
