@@ -1,40 +1,36 @@
-"""The report: right figures from a run's files, and plain words where there are none."""
+"""The report in words: right figures from a run's files, and plain words where there are none."""
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from anchorformer.errors import UserError
-from evals import report
-
-
-def write_stage(folder: Path, losses: list[float], evals: dict[str, dict[str, float]] | None = None) -> None:
-    (folder / "evals").mkdir(parents=True)
-    rows = [
-        {"step": step, "loss": loss, "tokens": 200, "samples": 4, "time": {"seconds": 0.5}}
-        for step, loss in enumerate(losses, start=1)
-    ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 99, "lo')
-    (folder / "environment.json").write_text(
-        json.dumps({"host": "here", "python": "3.11", "commit": "abc", "versions": {"torch": "2"}})
-    )
-    for task, scores in (evals or {}).items():
-        for condition, score in scores.items():
-            result: dict[str, Any] = {
-                "task": task, "condition": condition, "metric": "exact_match", "n_scored": 100, "score": score,
-                "time": {"seconds": 1.5}, "machine": "2 cores of a test",
-            }  # fmt: skip
-            (folder / "evals" / f"{task}-{condition}.json").write_text(json.dumps(result))
+from evals.report import __main__ as command
+from evals.report import tables
+from evals.report.gathering import gather
+from evals.report.seeds import group
+from tests.evals.runs_on_disk import config, write_result, write_stage, write_sweep
 
 
 def cells(text: str, first: str) -> list[str]:
-    rows = ([cell.strip() for cell in row.strip("|").split("|")] for row in text.splitlines())
-    return next(row for row in rows if row[0] == first)
+    line = next(line for line in text.splitlines() if line.startswith(f"| {first} "))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def report(*paths: Path, timings: tables.Timings | None = None) -> str:
+    entries = gather(paths)
+    return tables.page(paths[0].name, entries, group(entries), timings or {})
+
+
+def run_command(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["report", *map(str, words)])
+    assert command.main() == 0
 
 
 @pytest.fixture
@@ -48,30 +44,30 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_stages_in_the_order_they_were_trained(run: Path) -> None:
-    text = report.report(run)
+    text = report(run)
     assert text.index("| align") < text.index("| finetune")
-    assert cells(text, "align")[:7] == ["align", "20", "4.000", "0.800", "400", "8.0", "10.0"]
+    assert cells(text, "align") == ["align", "20", "4.000", "0.800", "400", "8.0", "10.0", "1.17", "done"]
     assert text.splitlines()[0] == "# demo"
     assert "Trained on here: Python 3.11, torch 2; commit abc." in text
     assert "Evaluated on 2 cores of a test." in text
 
 
 def test_accuracy_beside_its_baselines(run: Path) -> None:
-    text = report.report(run)
     rows = {
         line.split("|")[2].strip(): [cell.strip() for cell in line.split("|")]
-        for line in text.splitlines()
+        for line in report(run).splitlines()
         if "exact_match" in line
     }
-    assert rows["scene"][1:9] == ["finetune", "scene", "exact_match", "100", "0.580", "0.300", "0.250", "+0.280"]
+    assert rows["scene"][1:5] == ["finetune", "scene", "exact_match", "100"]
+    assert rows["scene"][5:10] == ["0.580", "0.300", "0.250", "+0.280", "15.00"]
     assert rows["doc"][5:9] == ["0.750", "", "", ""]
 
 
 def test_seconds_of_every_part_and_their_sum(run: Path, tmp_path: Path) -> None:
     (tmp_path / "installed").write_text(json.dumps({"seconds": 100}))
     (tmp_path / "world.json").write_text(json.dumps({"seconds": {"clip": 150.5, "llama": 49.5}, "other": 1}))
-    timings = report.read_timings([f"install={tmp_path}/installed", f"mini world={tmp_path}/world.json"])
-    text = report.report(run, timings)
+    timings = command.read_timings([f"install={tmp_path}/installed", f"mini world={tmp_path}/world.json"])
+    text = report(run, timings=timings)
     assert cells(text, "install") == ["install", "100.0"]
     assert cells(text, "mini world: clip") == ["mini world: clip", "150.5"]
     assert cells(text, "evaluation after finetune") == ["evaluation after finetune", "6.0"]
@@ -80,46 +76,44 @@ def test_seconds_of_every_part_and_their_sum(run: Path, tmp_path: Path) -> None:
 
 def test_a_file_without_seconds_is_named(run: Path) -> None:
     with pytest.raises(UserError, match="no `seconds` in it"):
-        report.read_timings([f"install={run}/align/environment.json"])
+        command.read_timings([f"install={run}/align/environment.json"])
     with pytest.raises(UserError, match="PART=FILE"):
-        report.read_timings(["install"])
+        command.read_timings(["install"])
 
 
 def test_a_single_stage_is_a_report_too(run: Path) -> None:
-    assert report.report(run / "align").startswith("# align")
-    assert "No task has been evaluated" in report.report(run / "align")
+    assert report(run / "align").startswith("# align")
+    assert "No task has been evaluated" in report(run / "align")
 
 
 def test_the_command_prints_what_it_writes(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (run / "installed").write_text('{"seconds": 3}')
-    monkeypatch.setattr(sys, "argv", ["report", str(run), "--seconds", f"install={run}/installed"])
-    assert report.main() == 0
+    run_command(monkeypatch, run, "--no-html", "--seconds", f"install={run}/installed")
     assert (run / "report.md").read_text() in capsys.readouterr().out
     assert not list(run.glob("*.tmp"))
+    assert not (run / "report.html").exists()
+    scores = list(csv.DictReader((run / "report-scores.csv").open()))
+    assert [(row["task"], row["right image"], row["no image"]) for row in scores] == [
+        ("doc", "0.75", ""), ("scene", "0.58", "0.25"),
+    ]  # fmt: skip
 
 
 def test_seconds_that_were_told_once_are_remembered(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (run / "installed").write_text('{"seconds": 3}')
-    monkeypatch.setattr(sys, "argv", ["report", str(run), "--seconds", f"install={run}/installed"])
-    report.main()
+    run_command(monkeypatch, run, "--no-html", "--seconds", f"install={run}/installed")
     first = (run / "report.md").read_text()
     (run / "installed").unlink()
-    monkeypatch.setattr(sys, "argv", ["report", str(run)])
-    report.main()
+    run_command(monkeypatch, run, "--no-html")
     assert (run / "report.md").read_text() == first
     assert cells(first, "install") == ["install", "3.0"]
 
 
 def test_a_loss_gains_by_being_lower(run: Path) -> None:
     for condition, score in (("right", 1.2), ("shuffled", 1.5)):
-        path = run / "align" / "evals" / f"caption-{condition}.json"
-        path.write_text(json.dumps({
-            "task": "caption", "condition": condition, "metric": "loss_per_token", "n_scored": 100, "score": score,
-            "time": {"seconds": 1.5}, "machine": "2 cores of a test",
-        }))  # fmt: skip
-    text = report.report(run)
+        write_result(run / "align" / "evals", "caption", condition, score)
+    text = report(run)
     row = next(line for line in text.splitlines() if "loss_per_token" in line)
     assert [cell.strip() for cell in row.split("|")][5:9] == ["1.200", "1.500", "", "+0.300"]
     assert "for a loss, which is better when lower, shuffled - right" in text
@@ -129,7 +123,7 @@ def test_a_part_of_a_task_has_a_row_of_its_own(run: Path) -> None:
     full = run / "finetune" / "evals" / "doc-right.json"
     part = {**json.loads(full.read_text()), "limit": 8, "n_scored": 8, "score": 0.5}
     full.with_name("doc-right-limit8.json").write_text(json.dumps(part))
-    rows = [[cell.strip() for cell in line.split("|")] for line in report.report(run).splitlines() if "| doc" in line]
+    rows = [[cell.strip() for cell in line.split("|")] for line in report(run).splitlines() if "| doc" in line]
     assert [row[2:6] for row in rows] == [
         ["doc", "exact_match", "100", "0.750"], ["doc (limit 8)", "exact_match", "8", "0.500"],
     ]  # fmt: skip
@@ -138,17 +132,71 @@ def test_a_part_of_a_task_has_a_row_of_its_own(run: Path) -> None:
 def test_the_folder_of_runs_names_them(run: Path) -> None:
     write_stage(run.parent / "other" / "align", [1.0])
     with pytest.raises(UserError) as caught:
-        report.report(run.parent)
-    assert caught.value.remedy == f"pass one of {run}, {run.parent}/other"
+        report(run.parent)
+    assert caught.value.remedy == f"pass one or more of {run}, {run.parent}/other"
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing to report"):
-        report.report(tmp_path)
+        report(tmp_path)
+    with pytest.raises(UserError, match="nothing to report"):
+        report(tmp_path / "absent")
 
 
-@pytest.mark.parametrize("content", ["", "{}x\n", "\n"])
+def test_several_folders_need_a_place_of_their_own(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="lies in none of them"):
+        run_command(monkeypatch, run / "align", run / "finetune")
+    run_command(monkeypatch, run / "align", run / "finetune", "--out", run / "both", "--no-html")
+    assert cells((run / "both" / "report.md").read_text(), "align")[:3] == ["align", "", "done"]
+
+
+@pytest.mark.parametrize("content", ["{}x\n", '{"step": 1}\n[1]\n'])
 def test_a_damaged_metrics_file_is_named(run: Path, content: str) -> None:
     (run / "align" / "metrics.jsonl").write_text(content)
     with pytest.raises(UserError, match=r"align/metrics\.jsonl cannot be read"):
-        report.report(run)
+        report(run)
+
+
+def test_a_run_that_goes_on_says_so(run: Path) -> None:
+    write_stage(run / "third", [3.0, 2.0], state="LOCK")
+    write_stage(run / "fourth", [], state="")
+    text = report(run)
+    assert "- third is running or killed" in text
+    assert "- third: the last line of metrics.jsonl is not complete and was left out" in text
+    assert "- fourth has not ended" in text
+    assert "- fourth: no step has been taken yet" in text
+    assert cells(text, "third")[1:4] == ["2", "3.000", "2.000"]
+    assert cells(text, "fourth")[1:6] == ["0", "", "", "", ""]
+
+
+def test_a_sweep_of_which_a_trial_failed(tmp_path: Path) -> None:
+    text = report(write_sweep(tmp_path / "ablation"))
+    lines = [line for line in text.splitlines() if line.startswith("| selector=")]
+    overview = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:12]]
+    assert [row[1:5] for row in overview][:2] == [["anchor", "5", "0", "done"], ["anchor", "5", "1", "done"]]
+    assert [row[4] for row in overview] == ["done"] * 10 + ["running", "failed"]
+    # The failed trial has the shared align and nothing of its own; the running one has no score.
+    assert overview[-1][5:8] == ["", "", ""]
+    assert overview[-2][5:8] == ["", "", ""]
+    assert float(overview[0][5]) == pytest.approx(0.4 + 0.1609 - 0.1 + 0.05, abs=1e-3)
+    assert "- selector=random, num_anchors=17, seed=1: the trial has failed" in text
+    assert cells(text, "sum") == ["sum", f"{10 + 10 * (250 + 6 * 1.5) + 3.5:,.1f}"]
+
+
+def test_runs_that_differ_in_seeds_are_repetitions(tmp_path: Path) -> None:
+    scores: Sequence[float] = (0.5, 0.6, 0.7)
+    for seed, score in enumerate(scores):
+        evals, commit = {"scene": {"right": score}}, f"c{seed % 2}"
+        write_stage(tmp_path / f"run{seed}", [1.0], evals, config=config(seed), commit=commit)
+    write_stage(tmp_path / "deep", [1.0], {"scene": {"right": 0.9}}, config=config(0, depth=6))
+    write_stage(tmp_path / "unknown", [1.0], {"scene": {"right": 0.9}})
+    text = report(*(tmp_path / name for name in ("run0", "deep", "run1", "run2", "unknown")))
+    seeds = text[text.index("## Seeds") :]
+    assert cells(seeds, "depth=2")[1:] == ["scene", "3", "0.600", "0.100", "0: 0.500, 1: 0.600, 2: 0.700", "2"]
+    assert cells(seeds, "deep")[1:] == ["scene", "1", "0.900", "", "0: 0.900", "1"]
+    assert cells(seeds, "unknown")[1:5] == ["scene", "1", "0.900", ""]
+
+
+def test_a_loss_that_is_not_finite_is_told_as_it_is(tmp_path: Path) -> None:
+    write_stage(tmp_path / "align", [1.0, float("nan")])
+    assert cells(report(tmp_path / "align"), "align")[2:4] == ["1.000", "nan"]

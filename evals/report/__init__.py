@@ -1,0 +1,1 @@
+"""What came of runs and sweeps, told from their files alone."""

@@ -1,0 +1,102 @@
+"""Which entries are repetitions of one another, and how far they spread."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from evals.report.gathering import Entry, short_names, spoken
+
+NAMES = ("run", "init_from", "resume", "output_root")
+"""Config keys that only say what a run is called and where it lies."""
+NAMED = ("tracker.", "log.")
+"""Beginnings of keys that decide what is shown of a run, and nothing of the run."""
+MAX_VALUES = 4
+"""Config values that a label names at most."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Entries that differ in nothing but seeds.
+
+    Attributes:
+        label: what tells it from the other groups.
+    """
+
+    label: str
+    entries: tuple[Entry, ...]
+
+    @property
+    def seeds(self) -> list[Any]:
+        """The seed of each entry, as far as configs tell."""
+        return [seed_of(entry) for entry in self.entries]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """n values: their mean, and the standard deviation of a sample (None for a single one)."""
+
+    n: int
+    mean: float
+    deviation: float | None
+
+
+def group(entries: Sequence[Entry]) -> list[Group]:
+    """Entries by what they have in common, in the order of the first of each.
+
+    Entries without a configuration are alone: nothing says what they are repetitions of.
+    """
+    found: dict[str, list[Entry]] = {}
+    for entry in entries:
+        found.setdefault(_essence(entry), []).append(entry)
+    firsts = [members[0] for members in found.values()]
+    varying = _varying(firsts)
+    return [Group(_label(tuple(members), varying), tuple(members)) for members in found.values()]
+
+
+def spread(values: Sequence[float | None]) -> Spread | None:
+    """Of those values that are there; None where none is."""
+    there = [value for value in values if value is not None]
+    if not there:
+        return None
+    return Spread(len(there), statistics.fmean(there), statistics.stdev(there) if len(there) > 1 else None)
+
+
+def seed_of(entry: Entry) -> Any:
+    """The seed of the outcome's stage."""
+    return entry.last.config.get("seed") if entry.last else None
+
+
+def essential(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config without names, places and seeds."""
+    return {
+        key: value for key, value in config.items()
+        if key not in NAMES and not key.startswith(NAMED) and key.split(".")[-1] != "seed"
+    }  # fmt: skip
+
+
+def _essence(entry: Entry) -> str:
+    if not entry.stages or not all(stage.config for stage in entry.stages):
+        return str(entry.path)
+    # Of all stages: a trial that is half way is no repetition of one that ended.
+    return json.dumps([essential(stage.config) for stage in entry.stages], default=str)
+
+
+def _varying(entries: Sequence[Entry]) -> list[str]:
+    configs = [essential(entry.last.config) for entry in entries if entry.last and entry.last.config]
+    keys = dict.fromkeys(key for config in configs for key in config)
+    return [key for key in keys if len({str(config.get(key)) for config in configs}) > 1]
+
+
+def _label(members: tuple[Entry, ...], varying: Sequence[str]) -> str:
+    if len(members) == 1:
+        return members[0].label
+    first = members[0]
+    point = {axis: value for axis, value in first.point.items() if axis.split(".")[-1] != "seed"}
+    config = essential(first.last.config) if first.last else {}
+    values = point or {name: config[key] for key, name in short_names(varying).items() if key in config}
+    told = [f"{name}={spoken(value)}" for name, value in values.items()]
+    return ", ".join(told[:MAX_VALUES] + ["…"] * (len(told) > MAX_VALUES)) or f"{first.label} and its repetitions"
