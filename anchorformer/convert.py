@@ -15,6 +15,9 @@ logger = logging.getLogger(__name__)
 _PUBLISHED_PREFIX = re.compile(r"^(model\.)?mm_projector\.")
 _LATENTS = "0.latents"
 _FEED_FORWARD = {"norm": "0", "up": "1", "down": "3"}
+_LAYER = re.compile(
+    r"layers\.(\d+)\.(?:cross\.(norm_media|norm_queries|to_q|to_kv|to_out)|ff\.(norm|up|down))\.(weight|bias)"
+)
 
 
 def from_published(published: Mapping[str, Tensor], connector: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -81,7 +84,13 @@ def _published_name(ours: str, stack: bool) -> str:
         return f"{int(linear) + stack}.{kind}"
     if part == "norm":
         return f"0.norm.{rest}"
-    index, block, name, kind = rest.split(".")
-    if block == "cross":
-        return f"0.layers.{index}.0.{name.replace('norm_queries', 'norm_latents')}.{kind}"
-    return f"0.layers.{index}.1.{_FEED_FORWARD[name]}.{kind}"
+    layer = _LAYER.fullmatch(ours)
+    if layer is None:
+        raise UserError(
+            "the published code has no counterpart of this connector", found=ours,
+            expected="a connector of AnchorFormer's, Flamingo's or LLaVA's design", remedy="convert one of these",
+        )  # fmt: skip
+    index, cross, ff, kind = layer.groups()
+    if cross:
+        return f"0.layers.{index}.0.{cross.replace('norm_queries', 'norm_latents')}.{kind}"
+    return f"0.layers.{index}.1.{_FEED_FORWARD[ff]}.{kind}"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from anchorformer.contracts import Anchors, VisionFeatures
+from anchorformer.errors import UserError
 from anchorformer.schema import Schema
 
 PACKAGE = "anchorformer.connectors"
@@ -16,11 +19,23 @@ PACKAGE = "anchorformer.connectors"
 class ConnectorConfig(Schema):
     """Base of all connector configs; a new connector subclasses it beside its module and adds one YAML."""
 
+    spans_tiles: ClassVar[bool] = False
+    """Whether all tiles of an image can be one view: it needs no raster of patches, and heeds `mask_BN`."""
+
     def count(self, num_tokens: int, num_anchors: int, has_cls: bool) -> int:
-        """Embeddings per image for a tower of `num_tokens` visual tokens and a selector of `num_anchors`."""
+        """Embeddings per image for a tower of `num_tokens` visual tokens and a selector of `num_anchors`.
+
+        Raises:
+            UserError: the tower's tokens cannot be what this connector works on.
+        """
         return num_anchors
 
     def build(self, vision_width: int, text_width: int) -> Connector:
+        """The module, with fresh weights as published.
+
+        Raises:
+            UserError: sizes that do not go together.
+        """
         raise NotImplementedError
 
 
@@ -37,3 +52,40 @@ class Connector(nn.Module):
             (B, count, D) with D the language model's width.
         """
         raise NotImplementedError
+
+
+def side_of(count: int, what: str) -> int:
+    """The side of a square of `count` cells.
+
+    Args:
+        what: what there are `count` of, for the message.
+
+    Raises:
+        UserError: the count is no square; names the next ones.
+    """
+    side = math.isqrt(count)
+    if side**2 != count:
+        raise UserError(
+            f"{what} have to fill a square", found=count,
+            expected=f"a square number, such as {max(side, 1) ** 2} or {(side + 1) ** 2}",
+            remedy="choose one of these, or another connector",
+        )  # fmt: skip
+    return side
+
+
+def width_of_heads(width: int, num_heads: int) -> int:
+    """
+    Raises:
+        UserError: the width does not divide into that many heads.
+    """
+    if width % num_heads:
+        raise UserError(
+            "the connector's heads do not fit its width", found=f"{num_heads} heads, width {width}",
+            expected=f"a divisor of {width}", remedy="set model.connector.num_heads to one",
+        )  # fmt: skip
+    return width // num_heads
+
+
+def patches_of(features: VisionFeatures) -> Tensor:
+    """The visual tokens without [CLS], (B, P, V)."""
+    return features.tokens_BNV[:, int(features.has_cls) :]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from dataclasses import dataclass
+from typing import Annotated, cast
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
+from anchorformer.connectors.base import ConnectorConfig, width_of_heads
 from anchorformer.connectors.fold import folded_key_values
 from anchorformer.kernels.attention import attend
 from anchorformer.kernels.backend import Backend
@@ -15,10 +18,31 @@ from anchorformer.kernels.gelu_linear import gelu_linear
 from anchorformer.kernels.normed_linear import normed_linear
 
 
+@dataclass(frozen=True, kw_only=True)
+class CrossStackConfig(ConnectorConfig):
+    """The sizes of a stack of cross layers."""
+
+    depth: Annotated[int, Field(ge=1)] = 6
+    """Cross-attention layers; 10.49 M parameters each at width 1024."""
+    num_heads: Annotated[int, Field(ge=1)] = 8
+    """Attention heads of each layer."""
+    head_dim: Annotated[int, Field(ge=1)] = 64
+    """Width of one head; heads times this need not be the stack's width."""
+    ff_mult: Annotated[int, Field(ge=1)] = 4
+    """Inner width of the feed-forward, as a multiple of the stack's width."""
+
+    def layers(self, width: int) -> nn.ModuleList:
+        """`depth` cross layers of that width, with weights of their own."""
+        return nn.ModuleList(
+            CrossLayer(width, self.num_heads, self.head_dim, self.ff_mult) for _ in range(self.depth)
+        )  # fmt: skip
+
+
 class CrossAttention(nn.Module):
     """Queries look at visual tokens: q from the normed queries, k and v from the normed tokens, all without bias.
 
-    The queries are not appended to the keys, unlike in Flamingo. Source: AnchorFormer's released `PerceiverAttention`.
+    The queries are not among the keys unless the caller appends them, as Flamingo does. Source: AnchorFormer's released
+    `PerceiverAttention`.
     """
 
     def __init__(self, width: int, num_heads: int, head_width: int) -> None:
@@ -35,7 +59,16 @@ class CrossAttention(nn.Module):
         """Keys and values side by side, (B, N, 2 * heads * head width)."""
         return cast(Tensor, self.to_kv(media_BNV, *self.norm_media()))
 
-    def forward(self, queries_BTV: Tensor, key_values_BNE: Tensor) -> Tensor:
+    def key_values_of_queries(self, queries_BTV: Tensor) -> Tensor:
+        """Those of the queries themselves, (B, T, 2 * heads * head width)."""
+        return cast(Tensor, self.to_kv(queries_BTV, *self.norm_queries()))
+
+    def forward(self, queries_BTV: Tensor, key_values_BNE: Tensor, mask_BN: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            mask_BN: bool, which keys are real; None: all.
+        """
+
         def heads(x: Tensor) -> Tensor:
             return x.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
 
@@ -43,7 +76,8 @@ class CrossAttention(nn.Module):
         query = self.to_q(queries_BTV, *self.norm_queries())
         # Never with a matrix of scores, at no size: those of every layer would be kept until backward.
         out_BTHK = attend(
-            heads(query), heads(key), heads(value), scale=self.head_width**-0.5, backend=Backend.sdpa
+            heads(query), heads(key), heads(value), scale=self.head_width**-0.5,
+            mask=None if mask_BN is None else mask_BN[:, None, None], backend=Backend.sdpa,
         )  # fmt: skip
         return cast(Tensor, self.to_out(out_BTHK.flatten(2)))
 
@@ -118,20 +152,18 @@ class CrossLayer(nn.Module):
         self.cross = CrossAttention(width, num_heads, head_width)
         self.ff = FeedForward(width, ff_mult)
 
-    def forward(self, queries_BTV: Tensor, key_values_BNE: Tensor) -> Tensor:
-        queries_BTV = queries_BTV + self.cross(queries_BTV, key_values_BNE)
+    def forward(self, queries_BTV: Tensor, key_values_BNE: Tensor, mask_BN: Tensor | None = None) -> Tensor:
+        queries_BTV = queries_BTV + self.cross(queries_BTV, key_values_BNE, mask_BN)
         return cast(Tensor, queries_BTV + self.ff(queries_BTV))
 
 
-def cross_layers(width: int, depth: int, num_heads: int, head_width: int, ff_mult: int) -> nn.ModuleList:
-    """`depth` cross layers with weights of their own."""
-    return nn.ModuleList(CrossLayer(width, num_heads, head_width, ff_mult) for _ in range(depth))
-
-
-def run_layers(layers: nn.ModuleList, norm: nn.LayerNorm, queries: Tensor, media: Tensor, *, fold_kv: bool) -> Tensor:
+def run_layers(
+    layers: nn.ModuleList, norm: nn.LayerNorm, queries: Tensor, media: Tensor, mask: Tensor | None, *, fold_kv: bool
+) -> Tensor:  # fmt: skip
     """The stack and its final norm; every layer sees the same media.
 
     Args:
+        mask: bool (B, N), which of the media are real; None: all.
         fold_kv: whether keys and values of all layers come from one product; the same result within rounding.
     """
     crosses = [cast(CrossLayer, layer).cross for layer in layers]
@@ -142,8 +174,28 @@ def run_layers(layers: nn.ModuleList, norm: nn.LayerNorm, queries: Tensor, media
     else:
         key_values = [cross.key_values(media) for cross in crosses]
     for layer, key_value in zip(layers, key_values, strict=True):
-        queries = layer(queries, key_value)
+        queries = layer(queries, key_value, mask)
     return cast(Tensor, norm(queries))
+
+
+class MultiHeadAttention(nn.Module):
+    """Attention as `nn.MultiheadAttention` computes it, with biases, on inputs of one width."""
+
+    def __init__(self, width: int, num_heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.head_width = width_of_heads(width, num_heads)
+        self.dropout = dropout
+        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, queries_BTD: Tensor, keys_BND: Tensor, values_BND: Tensor) -> Tensor:
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+
+        out_BTHK = attend(
+            heads(self.to_q(queries_BTD)), heads(self.to_k(keys_BND)), heads(self.to_v(values_BND)),
+            scale=self.head_width**-0.5, dropout=self.dropout if self.training else 0.0, backend=Backend.sdpa,
+        )  # fmt: skip
+        return cast(Tensor, self.to_out(out_BTHK.flatten(2)))
 
 
 def mlp2x_gelu(vision_width: int, text_width: int) -> nn.Sequential:

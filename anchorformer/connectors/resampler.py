@@ -9,25 +9,19 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from anchorformer.connectors.base import Connector, ConnectorConfig
-from anchorformer.connectors.blocks import cross_layers, mlp2x_gelu, run_layers
+from anchorformer.connectors.base import Connector
+from anchorformer.connectors.blocks import CrossStackConfig, mlp2x_gelu, run_layers
 from anchorformer.contracts import Anchors, VisionFeatures
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResamplerConfig(ConnectorConfig):
-    """Learned queries, same stack as the AnchorFormer reference (Flamingo's and Honeybee's resamplers differ)."""
+class ResamplerConfig(CrossStackConfig):
+    """Learned queries, same stack as the AnchorFormer reference; the other published resamplers have own files."""
+
+    spans_tiles = True
 
     num_queries: Annotated[int, Field(ge=1)] = 144
     """Learned queries, which is also the number of embeddings per image."""
-    depth: Annotated[int, Field(ge=1)] = 6
-    """Cross-attention layers."""
-    num_heads: Annotated[int, Field(ge=1)] = 8
-    """Attention heads of each layer."""
-    head_dim: Annotated[int, Field(ge=1)] = 64
-    """Width of one head."""
-    ff_mult: Annotated[int, Field(ge=1)] = 4
-    """Inner width of the feed-forward, as a multiple of the vision width."""
     fold_kv: bool = field(default=False, compare=False)  # the same connector either way, computed differently
     """Keys and values of all layers from one matrix product; the same weights and result, not with ZeRO-3."""
 
@@ -48,12 +42,12 @@ class Resampler(Connector):
         super().__init__()
         self.fold_kv = config.fold_kv
         self.queries_TV = nn.Parameter(torch.randn(config.num_queries, vision_width))
-        self.layers = cross_layers(vision_width, config.depth, config.num_heads, config.head_dim, config.ff_mult)
+        self.layers = config.layers(vision_width)
         self.norm = nn.LayerNorm(vision_width)
         self.projector = mlp2x_gelu(vision_width, text_width)
 
     def forward(self, anchors: Anchors, features: VisionFeatures) -> Tensor:
         media_BNV = features.tokens_BNV.to(self.norm.weight.dtype)
         queries_BTV = self.queries_TV.expand(media_BNV.shape[0], -1, -1)
-        seen_BTV = run_layers(self.layers, self.norm, queries_BTV, media_BNV, fold_kv=self.fold_kv)
+        seen_BTV = run_layers(self.layers, self.norm, queries_BTV, media_BNV, features.mask_BN, fold_kv=self.fold_kv)
         return cast(Tensor, self.projector(seen_BTV))

@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from anchorformer.connectors.anchor_former import AnchorFormerConnectorConfig
 from anchorformer.connectors.base import Connector
+from anchorformer.connectors.c_abstractor import CAbstractorConfig
 from anchorformer.connectors.mlp import MlpConfig
 from anchorformer.connectors.resampler import ResamplerConfig
 from anchorformer.contracts import Anchors, VisionFeatures
@@ -134,9 +134,40 @@ def test_skipping_the_stack_is_the_mlp_connector(golden_root: Path) -> None:
         _assert_near(out, skipped["out"], OUTPUT_TOLERANCE, file)
 
 
+def _of_timm(ours: str) -> str:
+    """What timm's `RegStage` calls a tensor of ours."""
+    stage, block, layer, kind = ours.split(".")
+    layers = {
+        "enter": "conv1.conv", "norm_enter": "conv1.bn", "around": "conv2.conv", "norm_around": "conv2.bn",
+        "squeeze": "se.fc1", "excite": "se.fc2", "leave": "conv3.conv", "norm_leave": "conv3.bn",
+    }  # fmt: skip
+    return f"net.{0 if stage == 'before' else 2}.b{int(block) + 1}.{layers[layer]}.{kind}"
+
+
 def test_c_abstractor(golden_root: Path) -> None:
-    assert list((golden_root / "connector").glob("cabstractor*"))
-    pytest.skip("the C-Abstractor comes with the issue on further connectors")
+    """The two stages and the pooling, forward and every gradient; what is a linear here is a 1x1 convolution there."""
+    cases = [case for case in json.loads((golden_root / "connector/info.json").read_text()) if "keys" in case]
+    for case in cases:
+        tensors = _float_file(golden_root / "connector" / case["file"])
+        weights = _weights(tensors)
+        connector = CAbstractorConfig(num_queries=case["n"], depth=case["depth"]).build(case["dim"], case["dim"])
+        connector.projector = nn.Sequential(connector.projector[0], nn.Identity())  # whose dtype is asked for
+        nn.init.eye_(connector.projector[0].weight)
+        nn.init.zeros_(connector.projector[0].bias)
+        stages = {name: value for name, value in connector.named_parameters() if not name.startswith("projector.")}
+        assert {_of_timm(name) for name in stages} == weights.keys()
+        with torch.no_grad():
+            for name, value in stages.items():
+                value.copy_(weights[_of_timm(name)].view_as(value))
+        media = tensors["x"].clone().requires_grad_()
+        out = connector(Anchors(media[:, :1], None), VisionFeatures(media, None, True))
+        _assert_near(out, tensors["out"], OUTPUT_TOLERANCE, f"{case['file']} out")
+        (out * tensors["R"]).sum().backward()
+        _assert_near(media.grad, tensors["grad_x"], GRADIENT_TOLERANCE, f"{case['file']} grad_x")
+        for name, value in stages.items():
+            expected = tensors[f"grad.{_of_timm(name)}"].view_as(value)
+            _assert_near(value.grad, expected, GRADIENT_TOLERANCE, f"{case['file']} {name}")
+    assert cases
 
 
 def test_parameter_counts(golden_root: Path) -> None:
