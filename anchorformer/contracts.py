@@ -19,14 +19,30 @@ IGNORE_INDEX = -100
 class VisionNeeds:
     """What a selector reads from the vision tower; the tower taps exactly this and runs no layer beyond it.
 
+    Layers are indices into the tower's hidden states as Hugging Face counts them (1 = output of the first block, -2 =
+    of the last but one); an attention row belongs to the block that produces the hidden state.
+
     Attributes:
-        layer: index into the tower's hidden states as Hugging Face counts them (-2 = output of the last but one
-            block); tokens and [CLS] row both belong to the block that produces it.
-        cls_scores: whether the fp32 attention logits of the [CLS] query in that block are needed.
+        layer: the hidden state that tokens and scores are read from.
+        cls_scores: whether the fp32 attention logits of the [CLS] query in that block are needed, head by head.
+        cls_attention_from: first layer whose [CLS] attention, after softmax and averaged over heads, is needed; the
+            layers from it to `layer` are tapped. None: none.
+        received: whether the mean attention that each token of that block receives is needed.
+        final: whether the last block's output behind the tower's own last norm is needed; every block runs then.
+        image_key: whether a number that stands for the image's content is needed.
     """
 
     layer: int = -2
     cls_scores: bool = False
+    cls_attention_from: int | None = None
+    received: bool = False
+    final: bool = False
+    image_key: bool = False
+
+    @property
+    def cls(self) -> bool:
+        """Whether only a tower with [CLS] can serve this."""
+        return self.cls_scores or self.cls_attention_from is not None
 
 
 @dataclass(frozen=True)  # no slots: DeepSpeed ZeRO-3 reads what modules return through vars()
@@ -39,11 +55,21 @@ class VisionFeatures:
         cls_scores_BHN: fp32 logits (q_cls . k / sqrt(K), before softmax) over the same N tokens, or None where the
             selector did not ask for them.
         has_cls: whether token 0 is [CLS].
+        cls_attention_BLN: fp32 attention of the [CLS] query over the same N tokens, after softmax, averaged over heads,
+            for the L layers that were asked for, the first one first; registers had their share and are left out.
+        received_BN: fp32 attention that each of the N tokens receives, after softmax, averaged over heads and over all
+            queries, itself and registers counted.
+        final_BNV: the same N tokens behind the last block and the tower's last norm.
+        image_key_B: int64, 0 to 2**32 - 1, a function of the image alone: the same in every batch, precision and place.
     """
 
     tokens_BNV: Tensor
     cls_scores_BHN: Tensor | None
     has_cls: bool
+    cls_attention_BLN: Tensor | None = None
+    received_BN: Tensor | None = None
+    final_BNV: Tensor | None = None
+    image_key_B: Tensor | None = None
 
 
 @dataclass(frozen=True)  # no slots: DeepSpeed ZeRO-3 reads what modules return through vars()

@@ -1,11 +1,12 @@
-"""Any Hugging Face ViT as a vision tower: the tapped layer's tokens and [CLS] scores, nothing computed beyond it."""
+"""Any Hugging Face ViT as a vision tower: what a selector needs of its layers, and nothing computed beyond that."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +18,13 @@ from transformers.utils import logging as transformers_logging
 from anchorformer.contracts import VisionFeatures, VisionNeeds
 from anchorformer.errors import UserError
 from anchorformer.hub import check_complete
-from anchorformer.kernels.vision_attention import VISION_ATTENTION, park_cls_scores, pop_cls_scores
+from anchorformer.kernels.vision_attention import (
+    VISION_ATTENTION,
+    park_cls_scores,
+    park_received,
+    pop_cls_scores,
+    pop_received,
+)
 from anchorformer.selectors.base import names_without_cls
 
 
@@ -28,14 +35,16 @@ class _Family:
     Attributes:
         layers: path of the list of blocks.
         embed: pixels to the first block's input, hidden state 0.
-        unused: modules that only what lies behind the tapped layer needs.
+        final_norm: the norm behind the last block.
+        unused: modules behind that norm.
         unused_parameters: parameters that no forward reads.
         has_cls: whether token 0 is [CLS].
     """
 
     layers: str
     embed: Callable[[Any, Tensor], Tensor]
-    unused: tuple[str, ...]
+    final_norm: str
+    unused: tuple[str, ...] = ()
     unused_parameters: tuple[str, ...] = ()
     has_cls: bool = True
 
@@ -44,7 +53,7 @@ def _dinov2() -> _Family:
     return _Family(
         layers="encoder.layer",
         embed=lambda model, pixels: model.embeddings(pixels),
-        unused=("layernorm",),
+        final_norm="layernorm",
         unused_parameters=("embeddings.mask_token",),
     )
 
@@ -53,12 +62,13 @@ FAMILIES = {
     "clip_vision_model": _Family(
         layers="encoder.layers",
         embed=lambda model, pixels: model.pre_layrnorm(model.embeddings(pixels)),
-        unused=("post_layernorm",),
+        final_norm="post_layernorm",
     ),
     "siglip_vision_model": _Family(
         layers="encoder.layers",
         embed=lambda model, pixels: model.embeddings(pixels),
-        unused=("post_layernorm", "head"),
+        final_norm="post_layernorm",
+        unused=("head",),
         has_cls=False,
     ),
     "dinov2": _dinov2(),
@@ -68,7 +78,7 @@ FAMILIES = {
 
 
 class VisionTower(nn.Module):
-    """A ViT cut off behind the tapped layer, with fused attention in every block.
+    """A ViT cut off behind the last layer that is needed, with fused attention in every block.
 
     The state dict is `model.` + the Hugging Face names of what was kept. While no parameter requires a gradient the
     forward runs under `no_grad` and without dropout, whatever mode the surrounding model is in; one that does makes
@@ -102,15 +112,19 @@ class VisionTower(nn.Module):
 
         self.model = model
         layers = self._layers
-        del layers[_num_layers_needed(needs.layer, len(layers)) :]
-        for path in self._family.unused:
+        self._tapped = _resolved(needs, len(layers))
+        del layers[_num_layers_needed(self._tapped, len(layers)) :]
+        for path in self._family.unused if needs.final else (*self._family.unused, self._family.final_norm):
             if hasattr(model, path):  # SigLIP's pooling head is optional
                 delattr(model, path)
         for path in self._family.unused_parameters:
             _parameter_to_buffer(model, path)
         model.set_attn_implementation(VISION_ATTENTION)
-        if needs.cls_scores:
-            park_cls_scores(self._tapped_attention)
+        for number, layer in enumerate(layers, start=1):
+            if self._reads_cls_row(number):
+                park_cls_scores(_attention(layer))
+            if needs.received and number == self._tapped.layer:
+                park_received(_attention(layer))
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig, needs: VisionNeeds) -> VisionTower:
@@ -122,10 +136,10 @@ class VisionTower(nn.Module):
         config = copy.deepcopy(_vision_config(config))
         _family(config)
         _check_cls(config, _family(config).has_cls, needs)
-        config.num_hidden_layers = _num_layers_needed(needs.layer, config.num_hidden_layers)
-        # The blocks are cut already: the tapped layer is now the last one.
-        model = AutoModel.from_config(config, attn_implementation=VISION_ATTENTION)
-        tower = cls(model, VisionNeeds(layer=-1, cls_scores=needs.cls_scores))
+        # Layers are counted from the front before the blocks are cut: that holds for what is left, too.
+        tapped = _resolved(needs, config.num_hidden_layers)
+        config.num_hidden_layers = _num_layers_needed(tapped, config.num_hidden_layers)
+        tower = cls(AutoModel.from_config(config, attn_implementation=VISION_ATTENTION), tapped)
         tower.needs = needs
         return tower
 
@@ -180,15 +194,45 @@ class VisionTower(nn.Module):
         if frozen and self.model.training:  # frozen after the last call of train()
             self.eval()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            tokens = self._family.embed(self.model, pixels_B3HW.to(next(self.model.parameters()).dtype))
-            for layer in self._layers:
-                tokens = layer(tokens, attention_mask=None) if self._takes_mask else layer(tokens)
-            scores = self._pop_scores()
+            return self._features(pixels_B3HW)
+
+    def _features(self, pixels_B3HW: Tensor) -> VisionFeatures:
+        tapped = self._tapped
+        scores: Tensor | None = None
+        rows: list[Tensor] = []
+        tokens = self._family.embed(self.model, pixels_B3HW.to(next(self.model.parameters()).dtype))
+        for number, layer in zip(range(1, tapped.layer + 1), self._layers, strict=False):
+            tokens = self._run(layer, tokens)
+            if self._reads_cls_row(number):
+                scores = self._left(pop_cls_scores(_attention(layer)))
+                if tapped.cls_attention_from is not None:
+                    rows.append(scores.softmax(-1).mean(1))
+        received = self._left(pop_received(_attention(self._layers[tapped.layer - 1]))) if tapped.received else None
         return VisionFeatures(
             tokens_BNV=self._without_registers(tokens, 1),
-            cls_scores_BHN=None if scores is None else self._without_registers(scores, 2),
+            cls_scores_BHN=self._without_registers(scores, 2) if tapped.cls_scores and scores is not None else None,
             has_cls=self.has_cls,
+            cls_attention_BLN=self._without_registers(torch.stack(rows, 1), 2) if rows else None,
+            received_BN=None if received is None else self._without_registers(received, 1),
+            final_BNV=self._without_registers(self._final(tokens), 1) if tapped.final else None,
+            image_key_B=image_key(pixels_B3HW) if tapped.image_key else None,
         )
+
+    @torch.no_grad()
+    def _final(self, tokens: Tensor) -> Tensor:
+        for layer in islice(self._layers, self._tapped.layer, None):
+            tokens = self._run(layer, tokens)
+        return cast(Tensor, self.model.get_submodule(self._family.final_norm)(tokens))
+
+    def _run(self, layer: nn.Module, tokens: Tensor) -> Tensor:
+        return cast(Tensor, layer(tokens, attention_mask=None) if self._takes_mask else layer(tokens))
+
+    def _reads_cls_row(self, number: int) -> bool:
+        """Whether the [CLS] row of the block that produces this hidden state is needed."""
+        first = self._tapped.cls_attention_from
+        if first is not None and first <= number <= self._tapped.layer:
+            return True
+        return self._tapped.cls_scores and number == self._tapped.layer
 
     @property
     def _layers(self) -> nn.ModuleList:
@@ -199,30 +243,39 @@ class VisionTower(nn.Module):
         # CLIP's and SigLIP's blocks require the argument; DINOv2's have none in older versions of transformers.
         return not self.model.config.model_type.startswith("dinov2")
 
-    @property
-    def _tapped_attention(self) -> nn.Module:
-        """The module of the last block that calls the attention function; its place in the block varies by version."""
-        (attention,) = (module for module in self._layers[-1].modules() if hasattr(module, "is_causal"))
-        return attention
-
-    def _pop_scores(self) -> Tensor | None:
-        if not self.needs.cls_scores:
-            return None
-        scores = pop_cls_scores(self._tapped_attention)
-        if scores is None:
+    def _left(self, found: Tensor | None) -> Tensor:
+        """What a tapped block has left of this forward."""
+        if found is None:
             raise UserError(
-                "the vision tower left no [CLS] scores",
+                "the vision tower left no attention scores",
                 found=f"attn_implementation={self.model.config._attn_implementation!r} in the vision tower",
                 expected=repr(VISION_ATTENTION),
                 remedy="set attn_implementation for the language model only, not for the whole model",
             )
-        return scores
+        return found
 
     def _without_registers(self, x: Tensor, dim: int) -> Tensor:
         if not self.num_registers:
             return x
         patches = x.shape[dim] - 1 - self.num_registers
         return torch.cat([x.narrow(dim, 0, 1), x.narrow(dim, 1 + self.num_registers, patches)], dim=dim)
+
+
+def image_key(pixels_B3HW: Tensor) -> Tensor:
+    """A number per image, a function of its pixels alone: int64 (B,), 0 to 2**32 - 1, without host synchronisation.
+
+    Pixels are counted in 1/32, coarse enough that a normalisation which rounds differently on another device changes
+    none of them, and summed with fixed odd weights; integers have one sum, in whatever order.
+    """
+    levels_BP = (pixels_B3HW.detach().float() * 32).round().long().flatten(1)
+    weights_P = torch.arange(levels_BP.shape[1], device=levels_BP.device) * 0x9E3779B1 | 1
+    return (levels_BP * (weights_P & 0xFFFFFFFF)).sum(1) & 0xFFFFFFFF
+
+
+def _attention(layer: nn.Module) -> nn.Module:
+    """The module of a block that calls the attention function; its place in the block varies by version."""
+    (attention,) = (module for module in layer.modules() if hasattr(module, "is_causal"))
+    return attention
 
 
 @contextmanager
@@ -254,26 +307,46 @@ def _family(config: PreTrainedConfig) -> _Family:
 
 
 def _check_cls(config: PreTrainedConfig, has_cls: bool, needs: VisionNeeds) -> None:
-    if needs.cls_scores and not has_cls:
+    if needs.cls and not has_cls:
         raise UserError(
-            "the selector needs [CLS] scores",
+            "the selector needs the attention of [CLS]",
             found=f"a {config.model_type} tower, which has no [CLS] token",
             expected=f"a tower with [CLS], or one of the selectors {names_without_cls()}",
             remedy="choose another vision tower (CLIP, DINOv2) or another selector",
         )
 
 
-def _num_layers_needed(layer: int, num_layers: int) -> int:
-    """How many blocks produce hidden state `layer`, counted as Hugging Face does (0 = embeddings, -1 = last block)."""
-    needed = layer if layer >= 0 else num_layers + 1 + layer
-    if not 1 <= needed <= num_layers:
+def _resolved(needs: VisionNeeds, num_layers: int) -> VisionNeeds:
+    """The same needs with layers counted from the front (0 = embeddings, `num_layers` = the last block)."""
+    first = needs.cls_attention_from
+    layer = _counted("layer", needs.layer, num_layers)
+    if first is not None:
+        first = _counted("start_layer", first, num_layers)
+        if first > layer:
+            raise UserError(
+                "the selector's layers are in the wrong order",
+                found=f"start_layer={needs.cls_attention_from} behind layer={needs.layer} of {num_layers} blocks",
+                expected=f"a start_layer from 1 to {layer}",
+                remedy="correct `start_layer` or `layer` of the selector",
+            )
+    return replace(needs, layer=layer, cls_attention_from=first)
+
+
+def _counted(name: str, layer: int, num_layers: int) -> int:
+    counted = layer if layer >= 0 else num_layers + 1 + layer
+    if not 1 <= counted <= num_layers:
         raise UserError(
             "the vision tower has no such layer",
-            found=f"layer={layer} of a tower with {num_layers} blocks",
+            found=f"{name}={layer} of a tower with {num_layers} blocks",
             expected=f"1 to {num_layers}, or -{num_layers} to -1",
-            remedy="correct `layer` of the selector",
+            remedy=f"correct `{name}` of the selector",
         )
-    return needed
+    return counted
+
+
+def _num_layers_needed(tapped: VisionNeeds, num_layers: int) -> int:
+    """How many blocks have to run."""
+    return num_layers if tapped.final else tapped.layer
 
 
 def _parameter_to_buffer(model: nn.Module, path: str) -> None:

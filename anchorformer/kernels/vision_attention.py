@@ -1,4 +1,4 @@
-"""Attention of vision towers: no mask, all tokens see each other, and the tapped layer leaves its [CLS] logits."""
+"""Attention of vision towers: no mask, all tokens see each other, and tapped layers leave what selectors read."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from transformers import AttentionInterface
 from anchorformer.kernels.attention import attend
 from anchorformer.kernels.backend import Kernels, kernels_on, on_device_of
 from anchorformer.kernels.cls_row import cls_row
+from anchorformer.kernels.received import received_attention
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ behind with heads of 80.
 """
 
 _PARKED = "parked_cls_scores"
+_PARKED_RECEIVED = "parked_received"
 
 
 def attend_with_cls_row(
@@ -68,6 +70,18 @@ def pop_cls_scores(attention: nn.Module) -> Tensor | None:
     return scores
 
 
+def park_received(attention: nn.Module) -> None:
+    """From now on this attention module keeps what its tokens received in each forward, until `pop_received`."""
+    setattr(attention, _PARKED_RECEIVED, None)
+
+
+def pop_received(attention: nn.Module) -> Tensor | None:
+    """The fp32 received attention (B, N) of the last forward, which the module then forgets; None if none was left."""
+    received: Tensor | None = getattr(attention, _PARKED_RECEIVED)
+    setattr(attention, _PARKED_RECEIVED, None)
+    return received
+
+
 def _vision_forward(
     module: nn.Module,
     query: Tensor,
@@ -80,6 +94,8 @@ def _vision_forward(
 ) -> tuple[Tensor, None]:
     """transformers' attention signature for vision towers."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if hasattr(module, _PARKED_RECEIVED):
+        setattr(module, _PARKED_RECEIVED, received_attention(query, key, scale))
     if not hasattr(module, _PARKED):
         return attend(query, key, value, scale=scale, mask=attention_mask, dropout=dropout), None
     out, scores = attend_with_cls_row(query, key, value, scale, mask=attention_mask, dropout=dropout)

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from anchorformer.contracts import Anchors, VisionFeatures, VisionNeeds
 from anchorformer.errors import UserError
 from anchorformer.kernels.selection import select_anchors
-from anchorformer.selectors.base import Selector, SelectorConfig, require_cls
+from anchorformer.selectors.base import Selector, SelectorConfig, anchors_at, needed, require_cls
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnchorSelectorConfig(SelectorConfig):
     """Progressive selection by [CLS] attention, head by head."""
+
+    spans_tiles = True
 
     num_anchors: int = 145
     """T, [CLS] counted: 65, 145 and 257 are the published settings; the tower's heads must divide T-1."""
@@ -51,9 +53,4 @@ class AnchorSelector(Selector):
         self.num_anchors = num_anchors
 
     def forward(self, features: VisionFeatures) -> Anchors:
-        if features.cls_scores_BHN is None:
-            raise ValueError("the vision tower handed on no [CLS] scores; build it with this selector's `needs`")
-        indices_BT = select_anchors(features.cls_scores_BHN, self.num_anchors)
-        width = features.tokens_BNV.shape[-1]
-        tokens_BTV = features.tokens_BNV.gather(1, indices_BT.unsqueeze(-1).expand(-1, -1, width))
-        return Anchors(tokens_BTV=tokens_BTV, indices_BT=indices_BT)
+        return anchors_at(features, select_anchors(needed(features.cls_scores_BHN), self.num_anchors))

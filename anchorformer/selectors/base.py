@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
-from torch import nn
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
 
 from anchorformer.contracts import Anchors, VisionFeatures, VisionNeeds
 from anchorformer.errors import UserError
+from anchorformer.kernels.selection import select_anchors
 from anchorformer.schema import Schema
 
 PACKAGE = "anchorformer.selectors"
@@ -18,6 +23,9 @@ PACKAGE = "anchorformer.selectors"
 @dataclass(frozen=True, kw_only=True)
 class SelectorConfig(Schema):
     """Base of all selector configs; a new selector subclasses it beside its module and adds one YAML."""
+
+    spans_tiles: ClassVar[bool] = False
+    """Whether the rule holds for patches in any arrangement, so that all tiles of an image can be one view."""
 
     layer: int = -2
     """Hidden state that tokens and scores are read from, counted as Hugging Face does (-2: the last but one block)."""
@@ -30,7 +38,7 @@ class SelectorConfig(Schema):
     @property
     def needs_cls(self) -> bool:
         """Whether the selector only works on towers with a [CLS] token."""
-        return self.needs.cls_scores
+        return self.needs.cls
 
     def count(self, num_tokens: int, num_heads: int, has_cls: bool) -> int:
         """Anchors per image for a tower of `num_tokens` visual tokens ([CLS] counted) and `num_heads` heads.
@@ -52,6 +60,120 @@ class Selector(nn.Module):
         raise NotImplementedError
 
 
+@dataclass(frozen=True, kw_only=True)
+class PatchSelectorConfig(SelectorConfig):
+    """Base of the selectors that choose a free number of patches, without [CLS]."""
+
+    spans_tiles = True
+
+    num_anchors: Annotated[int, Field(ge=1)] = 144
+    """T, all of them patches: [CLS] is not kept."""
+
+    def count(self, num_tokens: int, num_heads: int, has_cls: bool) -> int:
+        """
+        Raises:
+            UserError: no [CLS] where the rule reads it; more anchors than patches.
+        """
+        self._check_cls(has_cls)
+        return self._fitting(0, num_tokens - has_cls)
+
+    def _check_cls(self, has_cls: bool) -> None:
+        if self.needs_cls:
+            require_cls(type(self).__module__.rpartition(".")[2], has_cls)
+
+    def _fitting(self, extra: int, patches: int) -> int:
+        """T, of which `extra` are no patches."""
+        if not 1 <= self.num_anchors - extra <= patches:
+            raise UserError(
+                f"num_anchors={self.num_anchors} does not fit this vision tower",
+                found=f"{patches} patches" + (" and [CLS], which is kept" if extra else ""),
+                expected=f"{1 + extra} to {patches + extra}",
+                remedy=f"set num_anchors={max(1 + extra, min(self.num_anchors, patches + extra))}",
+            )
+        return self.num_anchors
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClsAndPatchesConfig(PatchSelectorConfig):
+    """Base of the selectors that keep [CLS], where the tower has one, beside a free number of patches."""
+
+    num_anchors: Annotated[int, Field(ge=1)] = 145
+    """T, [CLS] counted where the tower has one."""
+
+    def count(self, num_tokens: int, num_heads: int, has_cls: bool) -> int:
+        """
+        Raises:
+            UserError: no [CLS] where the rule reads it; more anchors than tokens, or none beside [CLS].
+        """
+        self._check_cls(has_cls)
+        return self._fitting(int(has_cls), num_tokens - has_cls)
+
+
+class PatchSelector(Selector):
+    """The patches of the highest score, ascending; equal scores go to the lower index. [CLS] is not kept."""
+
+    keeps_cls = False
+
+    def __init__(self, num_anchors: int) -> None:
+        super().__init__()
+        self.num_anchors = num_anchors
+
+    def scores(self, features: VisionFeatures) -> Tensor:
+        """One score per patch, (B, P), ranked in fp32."""
+        raise NotImplementedError
+
+    def forward(self, features: VisionFeatures) -> Anchors:
+        scores_BP = self.scores(features)
+        cls = int(self.keeps_cls and features.has_cls)
+        # The anchor rule with one head: behind a column for [CLS], which it always takes.
+        chosen = select_anchors(F.pad(scores_BP.float(), (1, 0)).unsqueeze(1), self.num_anchors - cls + 1)
+        indices_BT = chosen[:, 1 - cls :] if features.has_cls else chosen[:, 1:] - 1
+        return anchors_at(features, indices_BT)
+
+
+class ClsAndPatches(PatchSelector):
+    """[CLS] where the tower has one, then the patches of the highest score, ascending; ties as above."""
+
+    keeps_cls = True
+
+
+def anchors_at(features: VisionFeatures, indices_BT: Tensor) -> Anchors:
+    """The tokens at these indices into N, unchanged."""
+    width = features.tokens_BNV.shape[-1]
+    return Anchors(features.tokens_BNV.gather(1, indices_BT.unsqueeze(-1).expand(-1, -1, width)), indices_BT)
+
+
+def patches_of(x_BN: Tensor, features: VisionFeatures) -> Tensor:
+    """Of something per token, (B, N) or (B, N, V), what belongs to patches."""
+    return x_BN[:, int(features.has_cls) :]
+
+
+def needed(tapped: Tensor | None) -> Tensor:
+    """What the tower was to tap.
+
+    Raises:
+        ValueError: it did not, because it was built for another selector.
+    """
+    if tapped is None:
+        raise ValueError("the vision tower did not tap this; build it with this selector's `needs`")
+    return tapped
+
+
+def grid_side(selector: str, num_patches: int) -> int:
+    """Patches per side of a square image.
+
+    Raises:
+        UserError: they form no square.
+    """
+    side = round(num_patches**0.5)
+    if side**2 != num_patches:
+        raise UserError(
+            f"selector '{selector}' needs a square grid of patches", found=f"{num_patches} patches",
+            expected="a square number", remedy="choose another vision tower or another selector",
+        )  # fmt: skip
+    return side
+
+
 def names_without_cls() -> list[str]:
     """Names (files) of the selectors that serve a tower without [CLS], read from the package for error messages."""
     import anchorformer.selectors as package
@@ -59,10 +181,16 @@ def names_without_cls() -> list[str]:
     names = []
     for info in pkgutil.iter_modules(package.__path__):
         module = importlib.import_module(f"{package.__name__}.{info.name}")
-        configs = [cls for cls in SelectorConfig.__subclasses__() if cls.__module__ == module.__name__]
-        if any(not cls().needs_cls for cls in configs):
+        own = [cls for cls in _subclasses(SelectorConfig) if cls.__module__ == module.__name__]
+        if module.__name__ != __name__ and any(not cls().needs_cls for cls in own):
             names.append(info.name)
     return names
+
+
+def _subclasses(cls: type[SelectorConfig]) -> Iterator[type[SelectorConfig]]:
+    for each in cls.__subclasses__():
+        yield each
+        yield from _subclasses(each)
 
 
 def require_cls(selector: str, has_cls: bool) -> None:
@@ -72,7 +200,7 @@ def require_cls(selector: str, has_cls: bool) -> None:
     """
     if not has_cls:
         raise UserError(
-            f"selector '{selector}' ranks patches by the attention of [CLS]",
+            f"selector '{selector}' ranks patches by [CLS]",
             found="a vision tower without [CLS]",
             expected=f"a tower with [CLS], or one of the selectors {names_without_cls()}",
             remedy="choose another vision tower (CLIP, DINOv2) or another selector",

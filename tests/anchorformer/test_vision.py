@@ -26,8 +26,9 @@ from transformers import (
 
 from anchorformer.contracts import VisionNeeds
 from anchorformer.errors import UserError
+from anchorformer.kernels import received
 from anchorformer.selectors.anchor import AnchorSelectorConfig, select_anchors
-from anchorformer.vision import FAMILIES, VisionTower
+from anchorformer.vision import FAMILIES, VisionTower, image_key
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -109,6 +110,56 @@ def test_tokens_and_scores_are_those_of_the_stock_model(family: str, layer: int)
     )
     assert row.std() * row.shape[-1] > 0.3, "attention is nearly uniform: the comparison would say little"
     assert torch.equal(select_anchors(features.cls_scores_BHN, 9), select_anchors(row, 9))
+
+
+@pytest.mark.parametrize("queries_at_once", [7, 1000])
+@pytest.mark.parametrize("layers", [(-2, -2), (-2, 1), (-1, -3), (2, 2)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_other_selectors_read_is_that_of_the_stock_model(
+    family: str, layers: tuple[int, int], queries_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it in one forward: [CLS] rows of several layers, received attention, the final features."""
+    monkeypatch.setattr(received, "QUERIES_AT_ONCE", queries_at_once)
+    layer, start_layer = layers
+    stock, has_cls = _stock(family), FAMILIES[family].has_cls
+    with torch.no_grad():
+        reference = stock(_pixels(), output_attentions=True, output_hidden_states=True)
+        final = getattr(stock, FAMILIES[family].final_norm)(reference.hidden_states[-1])
+    needs = VisionNeeds(
+        layer=layer, cls_attention_from=start_layer if has_cls else None, received=True, final=True, image_key=True
+    )
+    whole = VisionTower(stock, needs).requires_grad_(False)
+    built = VisionTower.from_config(_config(family), needs).requires_grad_(False)
+    built.load_state_dict(whole.state_dict())
+    for tower in (whole, built):
+        features = tower(_pixels())
+        assert features.cls_scores_BHN is None
+
+        def kept(x: Tensor, dim: int, registers: int = tower.num_registers) -> Tensor:
+            return _without_registers(x, dim, registers)
+
+        torch.testing.assert_close(features.tokens_BNV, kept(reference.hidden_states[layer], 1))
+        assert features.final_BNV is not None
+        torch.testing.assert_close(features.final_BNV, kept(final, 1), atol=TOLERANCE, rtol=TOLERANCE)
+        attentions = [None, *reference.attentions]  # counted like hidden states
+        assert features.received_BN is not None
+        columns = attentions[layer].mean((1, 2))
+        torch.testing.assert_close(features.received_BN, kept(columns, 1), atol=TOLERANCE, rtol=TOLERANCE)
+        if has_cls:
+            first, last = (each % len(attentions) for each in (start_layer, layer))
+            rows = torch.stack([attentions[each][:, :, 0].mean(1) for each in range(first, last + 1)], 1)
+            assert features.cls_attention_BLN is not None
+            torch.testing.assert_close(features.cls_attention_BLN, kept(rows, 2), atol=TOLERANCE, rtol=TOLERANCE)
+        assert torch.equal(features.image_key_B, image_key(_pixels()))
+
+
+def test_the_key_of_an_image_is_its_own() -> None:
+    pixels = _pixels(4)
+    keys = image_key(pixels)
+    assert keys.unique().numel() == 4
+    assert torch.equal(image_key(pixels[2:3]), keys[2:3])
+    pixels[0, 1, 2, 3] += 1
+    assert (image_key(pixels) != keys).tolist() == [True, False, False, False]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -217,10 +268,10 @@ def test_the_tower_compiles_as_one_graph() -> None:
 
 
 def test_a_tower_without_cls_is_refused_where_scores_are_needed() -> None:
-    with pytest.raises(UserError, match=r"no \[CLS\] token") as caught:
+    with pytest.raises(UserError, match=r"attention of \[CLS\]") as caught:
         VisionTower(_stock("siglip_vision_model"), NEEDS)
     assert "'all'" in caught.value.expected
-    with pytest.raises(UserError, match=r"no \[CLS\] token"):
+    with pytest.raises(UserError, match=r"attention of \[CLS\]"):
         VisionTower.from_config(_config("siglip_vision_model"), NEEDS)
 
 
@@ -228,6 +279,13 @@ def test_a_tower_without_cls_is_refused_where_scores_are_needed() -> None:
 def test_layers_it_does_not_have_are_refused(layer: int) -> None:
     with pytest.raises(UserError, match=f"layer={layer}"):
         VisionTower.from_config(_config("clip_vision_model"), VisionNeeds(layer=layer))
+
+
+@pytest.mark.parametrize("start_layer", [0, 4, 9, -5, -1])
+def test_a_sum_over_layers_begins_at_one_that_comes_before_the_tapped_one(start_layer: int) -> None:
+    with pytest.raises(UserError, match="start_layer" if start_layer in (0, 9, -5) else "wrong order") as caught:
+        VisionTower.from_config(_config("clip_vision_model"), VisionNeeds(cls_attention_from=start_layer))
+    assert f"start_layer={start_layer}" in caught.value.found
 
 
 def test_unknown_families_are_refused() -> None:
@@ -243,7 +301,7 @@ def test_images_of_another_size_are_refused() -> None:
 def test_replacing_the_attention_of_the_tower_is_noticed() -> None:
     tower = _tower("clip_vision_model")
     tower.model.set_attn_implementation("sdpa")
-    with pytest.raises(UserError, match=r"left no \[CLS\] scores"):
+    with pytest.raises(UserError, match="left no attention scores"):
         tower(_pixels())
 
 

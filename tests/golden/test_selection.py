@@ -12,6 +12,9 @@ from safetensors.torch import load_file
 from anchorformer.contracts import VisionFeatures
 from anchorformer.errors import UserError
 from anchorformer.selectors.anchor import AnchorSelectorConfig
+from anchorformer.selectors.average import AverageSelectorConfig
+from anchorformer.selectors.fastervlm import FasterVlmSelectorConfig
+from anchorformer.selectors.mean_pool import MeanPoolSelectorConfig
 
 
 def test_every_selection_case(golden_root: Path) -> None:
@@ -37,6 +40,24 @@ def test_every_selection_case(golden_root: Path) -> None:
         assert torch.equal(anchors.tokens_BTV, tensors[f"{name}.queries"]), name
 
 
+def test_one_head_is_where_the_joint_rankings_meet_the_published_one(golden_root: Path) -> None:
+    """`average` and `fastervlm` have no vectors of their own; of one head they are the published rule."""
+    tensors = load_file(golden_root / "selection/selection.safetensors")
+    name = "onehead_H1_N26_T10"
+    row_BLN, published = tensors[f"{name}.attn"].mean(1, keepdim=True), tensors[f"{name}.indices"]
+    features = VisionFeatures(tensors[f"{name}.hidden"], None, True, cls_attention_BLN=row_BLN)
+    average = AverageSelectorConfig(num_anchors=10).build(26, 1, True)(features)
+    fastervlm = FasterVlmSelectorConfig(num_anchors=9).build(26, 1, True)(features)
+    assert average.indices_BT is not None
+    assert fastervlm.indices_BT is not None
+    assert torch.equal(average.indices_BT, published)
+    assert torch.equal(fastervlm.indices_BT, published[:, 1:])
+
+
 def test_mean_pool_queries(golden_root: Path) -> None:
-    assert (golden_root / "selection/meanpool.safetensors").exists()
-    pytest.skip("mean-pool queries come with the issue on further selectors")
+    tensors = load_file(golden_root / "selection/meanpool.safetensors")
+    hidden = tensors["hidden"]
+    anchors = MeanPoolSelectorConfig().build(hidden.shape[1], 16, True)(VisionFeatures(hidden, None, True))
+    assert anchors.indices_BT is None
+    # fp32 and fp64 of the published computation differ by 1.2e-7.
+    torch.testing.assert_close(anchors.tokens_BTV, tensors["queries"], atol=1e-6, rtol=0)
