@@ -187,13 +187,21 @@ class MultiHeadAttention(nn.Module):
         self.dropout = dropout
         self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(width, width) for _ in range(4))
 
-    def forward(self, queries_BTD: Tensor, keys_BND: Tensor, values_BND: Tensor) -> Tensor:
+    def forward(
+        self, queries_BTD: Tensor, keys_BND: Tensor, values_BND: Tensor, mask_BN: Tensor | None = None
+    ) -> Tensor:
+        """
+        Args:
+            mask_BN: bool, which keys are real; None: all.
+        """
+
         def heads(x: Tensor) -> Tensor:
             return x.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
 
         out_BTHK = attend(
             heads(self.to_q(queries_BTD)), heads(self.to_k(keys_BND)), heads(self.to_v(values_BND)),
-            scale=self.head_width**-0.5, dropout=self.dropout if self.training else 0.0, backend=Backend.sdpa,
+            scale=self.head_width**-0.5, dropout=self.dropout if self.training else 0.0,
+            mask=None if mask_BN is None else mask_BN[:, None, None], backend=Backend.sdpa,
         )  # fmt: skip
         return cast(Tensor, self.to_out(out_BTHK.flatten(2)))
 

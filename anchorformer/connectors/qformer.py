@@ -25,6 +25,8 @@ _CROSS_EVERY = 2
 class QFormerConfig(ConnectorConfig):
     """The published sizes are those of BERT-base."""
 
+    spans_tiles = True
+
     num_queries: Annotated[int, Field(ge=1)] = 32
     """Learned queries, which is also the number of embeddings per image."""
     depth: Annotated[int, Field(ge=1)] = 12
@@ -72,6 +74,11 @@ class QFormer(Connector):
         batch = media_BNV.shape[0]
         if not batch:  # transformers' code cannot be run on no image at all
             media_BNV = media_BNV.new_zeros(1, *media_BNV.shape[1:])
-        queries_BTD = self.queries_TD.expand(media_BNV.shape[0], -1, -1)
-        seen_BTD = self.qformer(query_embeds=queries_BTD, encoder_hidden_states=media_BNV).last_hidden_state
+        mask = (
+            None if features.mask_BN is None else features.mask_BN[:, None, None]
+        )  # in four dimensions taken as it is
+        seen_BTD = self.qformer(
+            query_embeds=self.queries_TD.expand(media_BNV.shape[0], -1, -1), encoder_hidden_states=media_BNV,
+            encoder_attention_mask=mask,
+        ).last_hidden_state  # fmt: skip
         return cast(Tensor, self.projector(seen_BTD[:batch]))

@@ -21,6 +21,8 @@ _INIT_STD = 0.02
 class HoneybeeResamplerConfig(ConnectorConfig):
     """The published sizes are those of its `configs/model_config/resampler.yaml`."""
 
+    spans_tiles = True
+
     num_queries: Annotated[int, Field(ge=1)] = 64
     """Learned queries, which is also the number of embeddings per image."""
     depth: Annotated[int, Field(ge=1)] = 6
@@ -61,8 +63,9 @@ class HoneybeeResampler(Connector):
     def forward(self, anchors: Anchors, features: VisionFeatures) -> Tensor:
         media_BND = self.entrance(features.tokens_BNV.to(self.entrance.weight.dtype))
         queries_BTD = self.queries_TD.expand(media_BND.shape[0], -1, -1)
+        mask = None if features.mask_BN is None else F.pad(features.mask_BN, (queries_BTD.shape[1], 0), value=True)
         for layer in self.layers:
-            queries_BTD = layer(queries_BTD, media_BND)
+            queries_BTD = layer(queries_BTD, media_BND, mask)
         return cast(Tensor, self.projector(queries_BTD))
 
 
@@ -77,10 +80,10 @@ class _Layer(nn.Module):
         self.norm = nn.LayerNorm(config.width)
         self.ff = _GatedFeedForward(config.width, config.ff_width)
 
-    def forward(self, queries_BTD: Tensor, media_BND: Tensor) -> Tensor:
+    def forward(self, queries_BTD: Tensor, media_BND: Tensor, mask: Tensor | None) -> Tensor:
         queries_BTD = self.norm_queries(queries_BTD)
         seen_BND = torch.cat([queries_BTD, self.norm_media(media_BND)], dim=1)
-        queries_BTD = queries_BTD + self.cross(queries_BTD, seen_BND, seen_BND)
+        queries_BTD = queries_BTD + self.cross(queries_BTD, seen_BND, seen_BND, mask)
         return cast(Tensor, queries_BTD + self.ff(self.norm(queries_BTD)))
 
 

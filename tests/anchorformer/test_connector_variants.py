@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
+from anchorformer.connectors.anchor_former import AnchorFormerConnectorConfig
 from anchorformer.connectors.base import Connector, ConnectorConfig
 from anchorformer.connectors.c_abstractor import CAbstractorConfig, pooled
 from anchorformer.connectors.identity import IdentityConfig
 from anchorformer.connectors.qformer import QFormerConfig
+from anchorformer.connectors.resampler import ResamplerConfig
 from anchorformer.connectors.resampler_flamingo import FlamingoResamplerConfig
 from anchorformer.connectors.resampler_honeybee import HoneybeeResamplerConfig
 from anchorformer.connectors.resampler_mqt import MqtResamplerConfig, sine_places
@@ -86,6 +89,27 @@ def test_honeybee_s_residual_is_the_normalised_query() -> None:
         gated = F.silu(_linear(normed, w, f"{layer}.ff.gate")) * _linear(normed, w, f"{layer}.ff.up")
         queries = queries + _linear(_norm(gated, w, f"{layer}.ff.norm", 1e-6), w, f"{layer}.ff.down")
     torch.testing.assert_close(_run(connector, features), _linear(queries, w, "projector"))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        AnchorFormerConnectorConfig(depth=2, num_heads=2, head_dim=4), IdentityConfig(),
+        ResamplerConfig(num_queries=5, depth=2, num_heads=2, head_dim=4),
+        FlamingoResamplerConfig(num_queries=5, depth=2, num_heads=2, head_dim=4),
+        HoneybeeResamplerConfig(num_queries=5, depth=2, num_heads=2, width=12, ff_width=20),
+        QFormerConfig(num_queries=5, depth=3, num_heads=2, width=12, ff_width=20),
+    ],
+    ids=lambda config: type(config).__name__,
+)  # fmt: skip
+def test_what_a_mask_hides_is_not_there(config: ConnectorConfig) -> None:
+    assert config.spans_tiles
+    _, connector, features = _ready(config)
+    mask = torch.arange(N).expand(2, -1) < torch.tensor([[N], [9]])
+    together = _run(connector, replace(features, mask_BN=mask, sizes=(N, 9)))
+    for image, size in enumerate((N, 9)):
+        alone = VisionFeatures(features.tokens_BNV[image : image + 1, :size], None, True)
+        torch.testing.assert_close(together[image : image + 1], _run(connector, alone))
 
 
 def test_honeybee_s_queries_start_equal_and_dropout_is_what_tells_them_apart() -> None:
