@@ -5,23 +5,29 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 from train import rank, trainer
+from train.checkpoint import retention
 from train.faults.progress import Phase, Progress
 
+START_UP = (Phase.reading.name, Phase.loading.name, Phase.starting.name)
 IN_STEPS = (Phase.data.name, Phase.exchange.name, Phase.compute.name, Phase.update.name)
 WRITTEN, RENAMED = "written", "renamed"
 """Inside of a save: behind the engine's files; behind the rename, before `latest` names it (rank 0 only)."""
+PRUNING = "pruning"
+"""In the middle of retention: an old checkpoint has lost its name and not its files (rank 0 only)."""
 IN_SAVE = (Phase.save.name, WRITTEN, RENAMED)
+BEHIND_COMPLETE = (RENAMED, PRUNING)
 AT_END = Phase.export.name
 
 
 class Schedule:
-    """Kills by place, each of which happens once, however often the ranks are started."""
+    """Kills by place, one after the other, each of which happens once, however often the ranks are started."""
 
     def __init__(self, path: Path, rank: int) -> None:
         self._path, self._rank = path, rank
@@ -31,15 +37,19 @@ class Schedule:
         """Call at every place; does not return from one that is due."""
         for number, kill in enumerate(self._kills):
             done = self._path.with_name(f"{self._path.stem}-{number:03d}.done")
-            if (kill["rank"], kill["point"], kill["step"]) == (self._rank, point, step) and not done.exists():
+            if done.exists():
+                continue
+            if (kill["rank"], kill["point"], kill["step"]) == (self._rank, point, step):
                 done.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
+            return
 
 
 def plant(schedule: Schedule, starts: Path) -> None:
     """Puts the places into the process, and a line into `starts` for every start."""
     save: Any = importlib.import_module("train.checkpoint.save")  # the package has a function of that name
     enter, fingerprint, sync, train = Progress.enter, save.fingerprint, save.sync_folder, trainer.train
+    rmtree = shutil.rmtree
     now = {"step": 0}
 
     def entered(progress: Progress, phase: Phase, step: int | None = None, samples: Any = None) -> None:
@@ -55,6 +65,11 @@ def plant(schedule: Schedule, starts: Path) -> None:
         schedule.reach(RENAMED, now["step"])
         sync(folder)
 
+    def removed(path: Path, *arguments: Any, **named: Any) -> None:
+        if Path(path).name.startswith(retention.TRASH) and Path(path).exists():
+            schedule.reach(PRUNING, now["step"])
+        rmtree(path, *arguments, **named)
+
     def started(run: trainer.Run) -> None:
         if run.world.is_main:
             with starts.open("a") as file:
@@ -64,6 +79,7 @@ def plant(schedule: Schedule, starts: Path) -> None:
     Progress.enter = entered  # type: ignore[method-assign,assignment]
     save.fingerprint = written
     save.sync_folder = synced
+    shutil.rmtree = removed  # type: ignore[assignment]
     rank.train = started  # type: ignore[attr-defined]
 
 

@@ -5,14 +5,23 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from anchorformer.errors import UserError
+from train.compose import ROOT
+from train.faults.progress import Place, Report, report_path
 from train.run import lock
 from train.run.folder import write_atomically
+from train.run.process import began
 
 
 def holder(**changes: object) -> lock.Holder:
@@ -21,7 +30,7 @@ def holder(**changes: object) -> lock.Holder:
 
 @pytest.mark.parametrize(
     ("other", "is_taken_over"),
-    [({}, True), ({"pid": os.getppid(), "ticks": lock.began(os.getppid())}, False), ({"pid": 2**22 - 1}, True),
+    [({}, True), ({"pid": os.getppid(), "ticks": began(os.getppid())}, False), ({"pid": 2**22 - 1}, True),
      ({"ticks": "1"}, True), ({"host": "elsewhere"}, False), ({"host": "elsewhere", "job": "7"}, False),
      ({"host": "elsewhere", "job": "7", "attempt": "0"}, True)],
     ids=["myself", "alive", "gone", "number given again", "another machine", "the same Slurm job",
@@ -59,6 +68,83 @@ def test_an_empty_lock_does_not_hold_for_ever(tmp_path: Path) -> None:
     with lock.held(tmp_path):
         assert lock._read(tmp_path / lock.FILE).pid == os.getpid()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def rank(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that has reported as rank 1 of an earlier launch."""
+    with subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE) as process:
+        report = replace(Report.of(1, Place()), pid=process.pid, began=began(process.pid))
+        (tmp_path / "black_box").mkdir()
+        report.write(report_path(tmp_path / "black_box", 1))
+        yield process
+        process.kill()
+
+
+def test_a_launch_waits_for_ranks_that_outlive_theirs(
+    tmp_path: Path, rank: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(lock, "PATIENCE", 0.0)
+    monkeypatch.setattr(lock, "PERIOD", 0.01)
+    with pytest.raises(UserError, match="ranks of an earlier launch still run") as caught:
+        lock.acquire(tmp_path)
+    assert f"rank 1 ({socket.gethostname()}, pid {rank.pid})" in caught.value.found
+    assert not (tmp_path / lock.FILE).exists(), "a launch that gives up leaves no lock"
+    monkeypatch.setattr(lock, "PATIENCE", 60.0)
+    monkeypatch.setattr(lock.time, "sleep", lambda _: rank.kill())  # not waited for: it is no more, and still listed
+    with lock.held(tmp_path):
+        assert began(rank.pid) == ""
+    assert "waiting for ranks of an earlier launch to end: rank 1" in caplog.text
+
+
+def test_ranks_of_another_machine_are_known_by_their_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By when they were written: their processes cannot be seen from here, and their clocks may be wrong."""
+    monkeypatch.setattr(lock, "PATIENCE", 0.0)
+    (tmp_path / "black_box").mkdir()
+    path = report_path(tmp_path / "black_box", 0)
+    replace(Report.of(0, Place()), host="elsewhere", written=0.0).write(path)
+    with pytest.raises(UserError, match="still run"):
+        lock.acquire(tmp_path)
+    silent_since = path.stat().st_mtime - lock.SILENT
+    os.utime(path, (silent_since, silent_since))
+    with lock.held(tmp_path):
+        pass
+
+
+def test_what_this_process_has_left_itself_keeps_it_from_nothing(tmp_path: Path) -> None:
+    (tmp_path / "black_box").mkdir()
+    Report.of(0, Place()).write(report_path(tmp_path / "black_box", 0))
+    with lock.held(tmp_path):
+        pass
+
+
+ORPHAN = """\
+import os, signal, subprocess, sys, time
+child = "import os, signal, sys, time; from train.run.process import end_with_parent;"
+child += "end_with_parent(signal.SIGTERM, int(sys.argv[1])); print(os.getpid(), flush=True); time.sleep(60)"
+subprocess.Popen([sys.executable, "-c", child, str(os.getpid())])
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has died")
+def test_a_process_ends_with_its_parent() -> None:
+    with subprocess.Popen([sys.executable, "-c", ORPHAN], cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        assert began(child) != ""
+        parent.kill()
+        deadline = time.monotonic() + 20
+        while began(child) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert began(child) == ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has died")
+def test_a_process_whose_parent_has_died_before_it_asked_ends_at_once() -> None:
+    words = "import signal; from train.run.process import end_with_parent; end_with_parent(signal.SIGTERM, 1); print(1)"
+    done = subprocess.run([sys.executable, "-c", words], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "")
 
 
 def test_a_lock_that_cannot_be_written_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

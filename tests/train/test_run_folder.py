@@ -25,6 +25,7 @@ from train.engine.universal import convert
 from train.run import lock
 from train.run.folder import RunFolder
 from train.run.identity import Identity, check_ranks_agree, check_same_run
+from train.run.process import began
 from train.run.verify import verify
 from train.verbs import checkpoint as verb
 from train.verbs import diff
@@ -263,7 +264,7 @@ def test_the_verbs_explain_themselves(copied: RunFolder) -> None:
         with pytest.raises(UserError):
             verb.main(words)
     lock.acquire(copied.path)
-    taken = replace(lock.Holder.myself(), pid=os.getppid(), ticks=lock.began(os.getppid()))
+    taken = replace(lock.Holder.myself(), pid=os.getppid(), ticks=began(os.getppid()))
     (copied.path / lock.FILE).write_text(json.dumps(asdict(taken)))
     with pytest.raises(UserError, match="another launch holds"):
         verb.main(["prune", str(copied.path)])

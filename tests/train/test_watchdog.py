@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -237,6 +239,29 @@ def test_the_first_to_fail_is_named(tmp_path: Path) -> None:
     rank, line = first_to_fail(folder, {0: 1, 1: -9})
     assert rank == 3
     assert line.endswith("samples s3: crashed: the cause")
+
+
+HUNG_IN_C = """\
+import faulthandler, pathlib, sys
+with pathlib.Path(sys.argv[1]).open("a") as log:
+    faulthandler.dump_traceback_later(0.2, exit=True, file=log)
+    sum(range(10**12))  # one call that never lets go of the interpreter
+"""
+
+
+def test_a_rank_that_holds_the_interpreter_is_told_from_its_log(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.black_boxes.mkdir()
+    folder.log(1).parent.mkdir()
+    folder.log(1).write_text("12:00:00 I train: step 7\n")
+    assert subprocess.run([sys.executable, "-c", HUNG_IN_C, str(folder.log(1))]).returncode == 1
+    leave_box(folder, 0, RuntimeError("Connection closed by peer"))
+    assert first_to_fail(folder, {0: 1, 1: 1}) == (
+        1, "rank 1: hung, and held the interpreter; its stacks are the end of its log",
+    )  # fmt: skip
+    with folder.log(1).open("a") as log:
+        log.write("12:30:00 I train: started again\n")
+    assert first_to_fail(folder, {0: 1, 1: 1})[1].startswith("rank 0 "), "of an earlier start"
 
 
 def test_a_rank_that_is_always_slower_is_named() -> None:

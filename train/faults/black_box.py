@@ -25,6 +25,10 @@ from train.run.folder import RunFolder, write_atomically
 log = logging.getLogger(__name__)
 
 LOG_LINES = 40
+STACK_LINES = 400
+"""Of a log's end, in which the stacks of all threads have to be."""
+TIMED_OUT = "Timeout ("
+"""How `faulthandler` begins when its timer has run out; the process then ends with 1, which cannot be chosen."""
 LOST = "lost its peers"
 HUNG = "hung"
 PEER_IS_GONE = (
@@ -76,7 +80,7 @@ class BlackBox:
                 "cause": cause, "message": mask_values(message), "time": time.time(), "config": self.config,
                 **to_plain(Report.of(self._rank, self._progress.place)),
                 "memory": _memory(self.device), "stacks": mask_values(stacks).splitlines(),
-                "log": _last_lines(self._folder.log(self._rank)),
+                "log": _last_lines(self._folder.log(self._rank), LOG_LINES),
                 "ranks": [str(report) for report in read_reports(self._folder.black_boxes)],
             }  # fmt: skip
             write_atomically(self._path, json.dumps(facts, indent=1) + "\n")
@@ -111,6 +115,9 @@ def first_to_fail(folder: RunFolder, exit_codes: Mapping[int, int]) -> tuple[int
         reports = [str(report) for report in read_reports(folder.black_boxes) if report.rank == rank]
         last_seen = f", last seen as {reports[0]}" if reports else ""
         return rank, f"rank {rank} was killed by {number.name}{hint}{last_seen}"
+    silent = [rank for rank in exit_codes if rank not in told and _is_timed_out(folder.log(rank))]
+    if silent and not causes:
+        return silent[0], f"rank {silent[0]}: hung, and held the interpreter; its stacks are the end of its log"
     if boxes:
         box = (causes or boxes)[0]
         report = Report.parse({name: box[name] for name in Report.__dataclass_fields__})
@@ -119,6 +126,13 @@ def first_to_fail(folder: RunFolder, exit_codes: Mapping[int, int]) -> tuple[int
         return report.rank, f"{who}: {box['cause']}: {first_line}"
     rank, code = next((item for item in exit_codes.items() if item[1] > 0), next(iter(exit_codes.items())))
     return rank, f"rank {rank}: ended with {code} before it could say why"
+
+
+def _is_timed_out(log_file: Path) -> bool:
+    """Whether the last thing that a rank's log has is the stacks that `faulthandler`'s timer has left."""
+    lines = _last_lines(log_file, STACK_LINES)
+    said = [line for line in lines if line.strip() and not line.startswith(("Thread ", "Current thread ", "  "))]
+    return bool(said) and said[-1].startswith(TIMED_OUT)
 
 
 def _read_boxes(folder: RunFolder) -> Iterator[dict[str, Any]]:
@@ -145,5 +159,5 @@ def _memory(device: torch.device) -> dict[str, Any]:
     return facts
 
 
-def _last_lines(path: Path) -> list[str]:
-    return path.read_text(errors="replace").splitlines()[-LOG_LINES:] if path.is_file() else []
+def _last_lines(path: Path, count: int) -> list[str]:
+    return path.read_text(errors="replace").splitlines()[-count:] if path.is_file() else []
