@@ -165,6 +165,16 @@ class VisionTower(nn.Module):
         return tower
 
     @property
+    def num_layers(self) -> int:
+        """Blocks that are kept."""
+        return len(self._layers)
+
+    @property
+    def tapped_layer(self) -> int:
+        """The hidden state that is handed on, counted from the front: 1 is the output of the first block."""
+        return self._tapped.layer
+
+    @property
     def frozen(self) -> bool:
         return not any(parameter.requires_grad for parameter in self.model.parameters())
 
