@@ -18,14 +18,6 @@ class RecordError(ValueError):
     """What is wrong with one record, from its parser; file and position are added by the reader."""
 
 
-@dataclass(frozen=True, slots=True)
-class AnnotationFile:
-    """A published JSON file, and how one entry of it (with its position) becomes a record."""
-
-    path: Path
-    parse: Parser
-
-
 def read_entries(path: Path) -> Iterator[Any]:
     """The entries of a JSON list, or of the list under `data`, one by one without holding them all.
 
@@ -94,6 +86,21 @@ def read_entries(path: Path) -> Iterator[Any]:
         raise failed("text after the end", position + 1)
 
 
+@dataclass(frozen=True, slots=True)
+class AnnotationFile:
+    """A published file, and how one entry of it (with its position) becomes a record.
+
+    Attributes:
+        entries: reads the file; a list of JSON objects unless said otherwise (`data.readers` has other layouts).
+        beside: further files that `entries` reads; what is in them decides the records too.
+    """
+
+    path: Path
+    parse: Parser
+    entries: Callable[[Path], Iterator[Any]] = read_entries
+    beside: tuple[Path, ...] = ()
+
+
 def image_path(value: object) -> str:
     """An image path of an annotation, refused where it could leave its root whatever the root is.
 
@@ -148,3 +155,30 @@ def text_of(raw: Mapping[str, Any], key: str) -> str:
     if not isinstance(value, str):
         raise RecordError(f"'{key}' is missing" if value is None else f"'{key}' is {value!r}, not a string")
     return value
+
+
+def strings_of(raw: Mapping[str, Any], key: str) -> list[str]:
+    """The list of strings under `key`; an empty one where there is none.
+
+    Raises:
+        RecordError: something else.
+    """
+    value = raw.get(key, [])
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise RecordError(f"'{key}' is {str(value)[:80]!r}, not a list of strings")
+    return value
+
+
+def votes_of(raw: Mapping[str, Any], key: str = "answers") -> list[str]:
+    """What people answered, of a list of objects with `answer`; an empty one where there is none.
+
+    Raises:
+        RecordError: something else.
+    """
+    value = raw.get(key, [])
+    votes = (
+        [item.get("answer") if isinstance(item, dict) else None for item in value] if isinstance(value, list) else [0]
+    )
+    if not all(isinstance(vote, str) for vote in votes):
+        raise RecordError(f"'{key}' is {str(value)[:80]!r}, not a list of objects with 'answer'")
+    return [str(vote) for vote in votes]

@@ -20,7 +20,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from anchorformer.errors import UserError
-from data.annotations import AnnotationFile, RecordError, check_text, read_entries
+from data.annotations import AnnotationFile, RecordError, check_text
 from data.record import ImageRef, Record, Role, Turn
 
 FORMAT = 2
@@ -59,12 +59,13 @@ def open_source(
     Raises:
         UserError: a file or folder is missing, is not the expected JSON, or holds no record.
     """
-    for file in files:
-        if not file.path.is_file():
+    paths = [path for file in files for path in (file.path, *file.beside)]
+    for path in paths:
+        if not path.is_file():
             raise UserError(
                 f"data.sources.{name}: annotation file is missing",
-                found=_nearest(file.path),
-                expected=file.path,
+                found=_nearest(path),
+                expected=path,
                 remedy="check data.root and the source's paths, or fetch the file",
             )
     if not image_root.is_dir():
@@ -75,8 +76,8 @@ def open_source(
             remedy="check data.root and the source's paths, or fetch the images",
         )
     key = hashlib.sha256(json.dumps([FORMAT, sorted(options.items())], sort_keys=True).encode())
-    for file in files:
-        with file.path.open("rb") as stream:
+    for path in paths:
+        with path.open("rb") as stream:
             key.update(hashlib.file_digest(stream, "sha256").digest())
     fingerprint = key.hexdigest()[:32]
     arrow = cache_dir / f"{name}-{fingerprint}.arrow"
@@ -184,7 +185,7 @@ def _convert(name: str, files: Sequence[AnnotationFile], target: Path) -> None:
         tqdm(desc=f"reading {name}", unit=" records", delay=2, mininterval=0.5) as progress,
     ):
         for number, file in enumerate(files):
-            for position, raw in enumerate(read_entries(file.path)):
+            for position, raw in enumerate(file.entries(file.path)):
                 try:
                     record, malformed = _understood(file, raw, position), None
                 except RecordError as error:

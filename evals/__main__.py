@@ -26,7 +26,7 @@ def compose_config(overrides: Sequence[str]) -> EvalConfig:
     Raises:
         UserError: what `CommandLine` raises, an unknown task, or a value of the wrong type.
     """
-    parsed = COMMAND_LINE.read(overrides)
+    parsed = COMMAND_LINE.read([word for override in overrides for word in _in_full(override)])
     composed = COMMAND_LINE.compose(parsed, [f"+eval@tasks.{name}={name}" for name in _chosen(parsed)])
     del composed["task"]
     if isinstance(composed["conditions"], str):  # one may be named without brackets, as one task may
@@ -40,6 +40,7 @@ def usage() -> str:
     return f"""usage: python -m evals model=<run or model folder> task=<task> data.root=<folder> [key=value ...]
        several tasks or conditions: "task=[a,b]" "conditions=[{",".join(Condition)}]"
        a value of one task: tasks.<task>.max_new_tokens=64
+       python -m evals model=... task=custom data=mine.jsonl "metrics=[exact,anls,relaxed]"
 
 Answers and scores questions; predictions and results go to <model>/evals, one of each per task and condition.
 
@@ -61,12 +62,28 @@ def main() -> int:
     from evals.respondent import load
     from evals.runner import evaluate, line
 
-    respondent = load(folder, config)
+    respondent = load(folder, config, [question for _, questions in prepared.values() for question in questions])
     out = Path(config.out) if config.out else Path(config.model) / "evals"
     for result in evaluate(config, prepared, respondent, respondent.facts, out):
         print(line(result), flush=True)
     print(f"predictions and results: {out}")
     return 0
+
+
+def _in_full(override: str) -> list[str]:
+    """What the two short words stand for that questions of one's own are asked with (`task=custom`)."""
+    key, _, value = override.partition("=")
+    if key == "data":
+        file = Path(value.strip("'\""))
+        return [f"data.root={_quoted(str(file.parent))}", f"tasks.custom.source.annotations={_quoted(file.name)}"]
+    if key == "metrics":
+        first, *further = value.strip("[]").split(",")
+        return [f"tasks.custom.metric={first.strip()}", f"tasks.custom.further=[{','.join(further)}]"]
+    return [override]
+
+
+def _quoted(value: str) -> str:
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def _chosen(overrides: Sequence[Override]) -> list[str]:

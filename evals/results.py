@@ -11,7 +11,7 @@ from typing import Any
 
 from evals.config import Condition
 from evals.questions import Question
-from evals.tasks.base import Outcome
+from evals.submission import Outcome
 
 
 def paths(out: Path, task: str, condition: Condition, limit: int | None = None) -> tuple[Path, Path]:
@@ -48,10 +48,12 @@ def write(
     facts: Mapping[str, Any],
     groups: Sequence[str | None],
     limit: int | None,
+    submission: Any = None,
 ) -> dict[str, Any]:
     """Writes predictions, then the result that names their hash; each is complete or absent.
 
     Args:
+        submission: the predictions as a server takes them, written beside them unless it is None.
         limit: how many questions were asked at most; a full result is never replaced by one of a part.
 
     Returns:
@@ -73,6 +75,9 @@ def write(
         for item, outcome, group in zip(questions, outcomes, groups, strict=True)
     )
     digest = _replace(predictions, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    if submission is not None:
+        text = json.dumps(submission, indent=1, ensure_ascii=False)
+        _replace(predictions.with_suffix(".submission.json"), [text + "\n"])
     content = {
         "task": task,
         "condition": condition.value,

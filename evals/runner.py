@@ -37,13 +37,15 @@ def evaluate(
             outcomes = task.answer(asked, respondent)
             seconds = time.perf_counter() - start
             settings = {
+                "aggregate": task.aggregate(asked, outcomes),
                 **task.describe(),
                 **facts,
                 "source": dict(task.source),
                 "seed": config.seed,
                 "time": {"seconds": round(seconds, 3), "questions_per_second": round(len(asked) / seconds, 2)},
             }
-            yield results.write(out, name, condition, asked, outcomes, settings, groups, config.limit)
+            submission = task.submission(asked, outcomes)
+            yield results.write(out, name, condition, asked, outcomes, settings, groups, config.limit, submission)
 
 
 def line(result: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from anchorformer.errors import UserError
-from data.annotations import AnnotationFile, RecordError, id_of, image_path, text_of
+from data.annotations import AnnotationFile, RecordError, id_of, image_path, strings_of, text_of
 from data.arrow import ArrowSource
 from data.record import ImageRef, Record, Role, Turn
 from data.sources.local import IMAGE, LocalSourceConfig
@@ -44,9 +44,7 @@ class DocvqaConfig(LocalSourceConfig):
         return self._open(name, [file], folder, root, cache_dir)
 
     def _parse(self, raw: dict[str, Any], position: int) -> Record:
-        answers = raw.get("answers", [])
-        if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-            raise RecordError(f"'answers' is {answers!r}, not a list of strings")
+        answers = strings_of(raw, "answers")
         turns = [Turn(Role.user, f"{IMAGE}\n{text_of(raw, 'question')}{self.prompt_suffix}")]
         if answers:
             turns.append(Turn(Role.assistant, answers[0]))

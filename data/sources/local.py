@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +24,13 @@ class LocalSourceConfig(SourceConfig):
     """Folders outside the image folder that symbolic links inside it may lead to; any other way out is refused."""
 
     def _open(
-        self, name: str, files: list[AnnotationFile], image_root: Path, root: Path, cache_dir: Path
-    ) -> ArrowSource:
+        self, name: str, files: list[AnnotationFile], image_root: Path, root: Path, cache_dir: Path,
+        decisive: Sequence[str] = (),
+    ) -> ArrowSource:  # fmt: skip
+        """
+        Args:
+            decisive: what makes the records beside the files' content and the config, names of files for instance.
+        """
         # Weight and link targets change no row; everything else a source is configured with may.
         options = {
             field.name: to_plain(getattr(self, field.name))
@@ -32,5 +38,7 @@ class LocalSourceConfig(SourceConfig):
             if field.name not in ("weight", "linked_roots")
         }
         options["reader"] = type(self).__qualname__
+        if decisive:
+            options["decisive"] = list(decisive)
         linked = [root / folder for folder in self.linked_roots]
         return open_source(name, files, image_root, options, cache_dir, linked)

@@ -1,4 +1,4 @@
-"""Short-answer questions in one JSON list of `{question_id, image, question, answer}`."""
+"""Short-answer questions `{question_id, image, question, answer}` in a JSON list, or one per line of a .jsonl file."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.annotations import AnnotationFile, RecordError, id_of, image_path, text_of
+from data.annotations import AnnotationFile, RecordError, id_of, image_path, read_entries, text_of
 from data.arrow import ArrowSource
+from data.readers import json_lines
 from data.record import ImageRef, Record, Role, Turn
 from data.sources.local import IMAGE, LocalSourceConfig
 
@@ -17,14 +18,15 @@ class VqaConfig(LocalSourceConfig):
     """`answer` may be one string or a list (the first is trained, all are accepted) and may be absent."""
 
     annotations: str
-    """The JSON file."""
+    """The JSON or JSON Lines file."""
     images: str = "."
     """Folder that the image paths start from."""
     prompt_suffix: str = ""
     """Put after each question."""
 
     def open(self, name: str, root: Path, cache_dir: Path) -> ArrowSource:
-        files = [AnnotationFile(root / self.annotations, self._parse)]
+        entries = json_lines if self.annotations.endswith(".jsonl") else read_entries
+        files = [AnnotationFile(root / self.annotations, self._parse, entries)]
         return self._open(name, files, root / self.images, root, cache_dir)
 
     def _parse(self, raw: dict[str, Any], position: int) -> Record:

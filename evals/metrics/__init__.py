@@ -17,6 +17,11 @@ class MetricName(str, Enum):
     pope = "pope"
     mme = "mme"
 
+    @classmethod
+    def _missing_(cls, value: object) -> MetricName | None:
+        """The names that people type."""
+        return {"exact": cls.exact_match, "relaxed": cls.relaxed_accuracy}.get(str(value))
+
 
 METRICS = {
     MetricName.anls: Metric(anls.DEFINITIONS),

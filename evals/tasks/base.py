@@ -13,24 +13,11 @@ from anchorformer.schema import Schema, parse_plugin
 from data.sources.base import PACKAGE as SOURCES
 from data.sources.base import SourceConfig
 from evals.metrics import METRICS, MetricName
+from evals.metrics.base import Definition
 from evals.questions import Question, question
+from evals.submission import Layout, Outcome, laid_out
 
 PACKAGE = "evals.tasks"
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What came of one question.
-
-    Attributes:
-        prediction: the generated answer, stripped; None where nothing is generated.
-        score: None where the split has no published answers.
-        weight: what the score counts in the mean.
-    """
-
-    prediction: str | None
-    score: float | None
-    weight: float = 1.0
 
 
 class Respondent(Protocol):
@@ -74,6 +61,14 @@ class TaskConfig(Schema):
         """Name of the part of the task that this question is also reported under: what its record calls its kind."""
         return item.meta.get("kind")
 
+    def aggregate(self, questions: Sequence[Question], outcomes: Sequence[Outcome]) -> dict[str, Any]:
+        """What the answers come to beside their mean, for the result file."""
+        return {}
+
+    def submission(self, questions: Sequence[Question], outcomes: Sequence[Outcome]) -> Any:
+        """The predictions as the benchmark's server or judge takes them (a JSON value); None where there is none."""
+        return None
+
     def describe(self) -> dict[str, Any]:
         """Metric, its variant and decoding, for the result file; a metric called `loss...` is better when lower."""
         raise NotImplementedError
@@ -88,20 +83,29 @@ class AnswerTask(TaskConfig):
     """Which published definition of the metric; null is the one that this project's scores are quoted in."""
     max_new_tokens: Annotated[int, Field(ge=1)]
     """Longest answer."""
+    submit: Layout | None = None
+    """Also write the predictions in the layout of this benchmark's server or judge."""
 
     def __post_init__(self) -> None:
-        METRICS[self.metric].named(self.variant)
+        self._definition  # noqa: B018  # asked here so that a wrong name is an error of the config
+
+    @property
+    def _definition(self) -> tuple[str, Definition]:
+        return METRICS[self.metric].named(self.variant)
 
     def answer(self, questions: Sequence[Question], respondent: Respondent) -> list[Outcome]:
-        score = METRICS[self.metric].named(self.variant)[1].score
+        score = self._definition[1].score
         texts = respondent.answers(questions, self.max_new_tokens)
         return [
             Outcome(text, score(text, item.references) if item.references else None)
             for text, item in zip(texts, questions, strict=True)
         ]
 
+    def submission(self, questions: Sequence[Question], outcomes: Sequence[Outcome]) -> Any:
+        return None if self.submit is None else laid_out(self.submit, questions, outcomes)
+
     def describe(self) -> dict[str, Any]:
-        name, definition = METRICS[self.metric].named(self.variant)
+        name, definition = self._definition
         return {
             "metric": self.metric.value,
             "variant": name,

@@ -8,7 +8,8 @@ from typing import Any
 
 from anchorformer.errors import UserError
 from evals.questions import Question
-from evals.tasks.base import Outcome, Respondent, TaskConfig
+from evals.submission import Outcome
+from evals.tasks.base import Respondent, TaskConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from data.collate import collate, make_filler
 from data.encoder import turns_of
 from data.examine import examine_image, examine_record
 from data.record import ImageRef
-from data.sources import chartqa, docvqa, llava, vqa
+from data.sources import chartqa, docvqa, gqa, llava, mm_vet, pope, scienceqa, textvqa, vizwiz, vqa, vqav2
 from tests.spoilt import encoded
 
 T = TypeVar("T")
@@ -41,10 +41,18 @@ PARSERS = {
     "llava": llava._parse,
     "vqa": vqa.VqaConfig(annotations="x")._parse,
     "docvqa": docvqa.DocvqaConfig(split="val")._parse,
+    "textvqa": textvqa.TextvqaConfig(split="val")._parse,
+    "vqav2": vqav2.Vqav2Config(split="val2014")._parse,
+    "gqa": gqa.GqaConfig(split="val")._parse,
+    "pope": pope._Parser("random", ""),
+    "scienceqa": scienceqa.ScienceqaConfig(split="test")._parse,
+    "vizwiz": vizwiz.VizwizConfig(split="val")._parse,
+    "mm_vet": mm_vet.MmVetConfig()._parse,
     "chartqa": lambda raw, position: chartqa.ChartqaConfig(split="val")._parse(chartqa.Kind.human, raw, position),
 }
 KEYS = ("id", "image", "conversations", "system_prompt", "from", "value", "question_id", "questionId", "question",
-        "answer", "answers", "question_types", "kind", "imgname", "query", "label")  # fmt: skip
+        "answer", "answers", "question_types", "kind", "imgname", "query", "label", "image_id", "imageId", "annotation",
+        "multiple_choice_answer", "text", "choices", "hint", "split", "subject", "imagename")  # fmt: skip
 
 # JSON can hold halves of surrogate pairs, and UTF-8 cannot.
 ANY_TEXT = st.text(max_size=8) | st.sampled_from(["\ud83d", "a\udc00b", "<image>", "\0", "</s>"])

@@ -16,6 +16,7 @@ from data.overrides import CONF
 from evals.__main__ import compose_config, main
 from evals.config import Condition
 from evals.prepare import prepare
+from evals.submission import Outcome
 from evals.tasks.base import PACKAGE, TaskConfig
 
 COMMON = ["model=m", "data.root=r"]
@@ -23,7 +24,7 @@ COMMON = ["model=m", "data.root=r"]
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "eval").glob("*.yaml")))
 def test_every_shipped_task_composes_and_parses(name: str) -> None:
-    own = ["tasks.vqa.source.annotations=mine.json"] if name == "vqa" else []
+    own = ["data=mine.jsonl"] if name == "custom" else []
     config = compose_config([*COMMON, f"task={name}", *own])
     task = parse_plugin(TaskConfig, config.tasks[name], PACKAGE, name)
     assert task.describe()["metric_variant"]
@@ -49,7 +50,7 @@ def test_several_tasks_and_a_value_of_one_of_them() -> None:
         ([*COMMON, "task=docvqa_val", "batch_size=many"], ["batch_size='many'", "integer"]),
         ([*COMMON, "task=docvqa_val", "batch_size=0"], ["batch_size is too small"]),
         ([*COMMON, "task=docvqa_val", "conditions=[left]"], ["conditions", "'left'"]),
-        ([*COMMON, "task=vqa"], ["tasks.vqa.source.annotations=???"]),
+        ([*COMMON, "task=custom"], ["tasks.custom.source.annotations=???"]),
         (["model"], ["cannot be read", "model=..."]),
         (["task=docvqa_val,chartqa_test"], ['"task=[docvqa_val,chartqa_test]"']),
         ([*COMMON, "task=docvqa_val", "conditions=rigth"], ["'rigth'", "'right', 'shuffled' or 'none'"]),
@@ -90,14 +91,34 @@ def test_an_unknown_value_of_a_task_is_refused_before_anything_is_opened(tmp_pat
 def test_a_limit_is_spread_over_the_task(tmp_path: Path) -> None:
     rows = [{"question_id": n, "image": f"{n}.png", "question": "?", "answer": "a"} for n in range(10)]
     (tmp_path / "q.json").write_text(json.dumps(rows))
-    base = ["model=m", f"data.root={tmp_path}", f"data.cache_dir={tmp_path}/cache", "task=vqa"]
+    base = ["model=m", f"data={tmp_path}/q.json", f"data.cache_dir={tmp_path}/cache", "task=custom"]
     for limit, expected in (
         ("3", ["0", "3", "6"]),
         ("10", [str(n) for n in range(10)]),
         ("99", [str(n) for n in range(10)]),
     ):
-        prepared = prepare(compose_config([*base, "tasks.vqa.source.annotations=q.json", f"limit={limit}"]))
-        assert [item.id for item in prepared["vqa"][1]] == expected
+        prepared = prepare(compose_config([*base, f"limit={limit}"]))
+        assert [item.id for item in prepared["custom"][1]] == expected
+
+
+@pytest.mark.parametrize("folder", ["plain", "with spaces, commas = and 'quotes'"])
+def test_questions_of_ones_own_in_two_short_words(tmp_path: Path, folder: str) -> None:
+    (tmp_path / folder).mkdir()
+    rows = [{"image": "a.png", "question": "what?", "answer": ["a", "b"]}, {"image": "a.png", "question": "which?"}]
+    (tmp_path / folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n\n" for row in rows))
+    words = ["model=m", "task=custom", f"data={tmp_path / folder / 'mine.jsonl'}", "metrics=[exact,anls,relaxed]"]
+    config = compose_config([*words, f"data.cache_dir='{tmp_path}/cache'"])
+    assert config.data.root == str(tmp_path / folder)
+    ((task, questions),) = prepare(config).values()
+    assert [item.references for item in questions] == [("a", "b"), ()]
+    outcomes = [Outcome("b", 1.0), Outcome("x", None)]
+    assert task.aggregate(questions, outcomes) == {"anls": 1.0, "relaxed_accuracy": 1.0}
+
+
+def test_an_unknown_definition_of_a_metric_is_refused_with_the_ones_there_are(tmp_path: Path) -> None:
+    words = ["model=m", f"data.root={tmp_path}", "task=docvqa_val", "tasks.docvqa_val.variant=official"]
+    with pytest.raises(UserError, match=r"lmms_eval.*pix2struct.*llava"):
+        prepare(compose_config(words))
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:

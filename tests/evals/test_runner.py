@@ -18,7 +18,8 @@ from evals.config import Condition, EvalConfig, EvalDataConfig
 from evals.metrics import MetricName
 from evals.questions import Question
 from evals.runner import evaluate, line
-from evals.tasks.base import Outcome, TaskConfig
+from evals.submission import Outcome
+from evals.tasks.base import TaskConfig
 from evals.tasks.caption_loss import CaptionLossTask
 from evals.tasks.chartqa import ChartqaTask
 from evals.tasks.docvqa import DocvqaTask
