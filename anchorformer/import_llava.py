@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig
 from anchorformer import selectors
 from anchorformer.assemble import image_statistics, write_folder
 from anchorformer.configuration import AnchorFormerConfig
-from anchorformer.connectors.mlp import MlpConfig
+from anchorformer.connectors.identity import IdentityConfig
 from anchorformer.errors import UserError, run_guarded
 from anchorformer.hub import CONFIG, INDEX, check_files, load, read_object, read_weight_map
 from anchorformer.images import ImageTransform
@@ -67,7 +67,7 @@ def import_llava(folder: Path, selector: Mapping[str, Any], out: Path, *, templa
     """
     theirs = _read_config(folder)
     layer = theirs.vision_feature_layer
-    selector_config, connector_config = parse_parts({"layer": layer, **selector}, plugin_to_plain(MlpConfig()))
+    selector_config, connector_config = parse_parts({"layer": layer, **selector}, plugin_to_plain(IdentityConfig()))
     if selector_config.layer != layer:
         raise UserError(
             "the projector has never seen what the selector reads", found=f"selector.layer={selector_config.layer}",

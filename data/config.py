@@ -52,3 +52,5 @@ class DataConfig(Schema):
     """Loader processes per rank."""
     cache_dir: str = ".cache/data"
     """Where Arrow copies of the annotations and token counts are kept."""
+    feature_cache: str | None = None
+    """Folder of vision features that are computed once for all runs (`data.features`); null runs the tower live."""

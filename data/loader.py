@@ -6,7 +6,7 @@ import math
 import signal
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -18,6 +18,7 @@ from anchorformer.images import open_image
 from data.collate import collate, make_filler
 from data.config import DataConfig, OnBad
 from data.encoder import Encoder, turns_of
+from data.features import FeatureCache
 from data.images import locate
 from data.mixture import Mixture
 from data.sampler import Sampler, SamplerState, plan_step
@@ -61,6 +62,7 @@ class Loader:
     Args:
         state: `state_dict()` of an earlier loader; null starts at the beginning.
         pin_memory: page-locked batches, for copies to a CUDA device that overlap with computing.
+        features: filled with what the vision tower says of every tile; batches bring it along.
 
     Attributes:
         total_steps: optimizer steps of the whole run, those before `state` counted.
@@ -79,6 +81,7 @@ class Loader:
         world_size: int,
         state: Mapping[str, int] | None = None,
         pin_memory: bool = False,
+        features: FeatureCache | None = None,
     ) -> None:
         self.config, self.rank, self.world_size, self._pin_memory = config.data, rank, world_size, pin_memory
         self.mixture = Mixture(config.data, processor)
@@ -98,7 +101,7 @@ class Loader:
         self.total_steps = stage.max_steps or math.ceil((stage.epochs or 0) * len(self.mixture) / stage.global_batch)
         self._numbers: tuple[int, ...] = ()
         self._most_skipped = config.data.max_dropped_share * self.total_steps * stage.global_batch / world_size
-        self._assembly = _Assembly(self.mixture, processor, config.data)
+        self._assembly = _Assembly(self.mixture, processor, config.data, features)
 
     def state_dict(self) -> dict[str, int]:
         """Position after the step yielded last: epoch, consumed and seed."""
@@ -176,17 +179,18 @@ class _Assembly(Dataset[Batch | UserError]):
     A user's mistake is returned, not raised: torch would turn it into a RuntimeError with a worker's traceback.
     """
 
-    def __init__(self, mixture: Mixture, processor: Encoder, config: DataConfig) -> None:
-        self._mixture, self._processor, self._config = mixture, processor, config
+    def __init__(self, mixture: Mixture, processor: Encoder, config: DataConfig, features: FeatureCache | None) -> None:
+        self._mixture, self._processor, self._config, self._features = mixture, processor, config, features
         self._filler = make_filler(processor)
 
     def __getitem__(self, numbers: tuple[int, ...]) -> Batch | UserError:
         try:
             examples = [self._encode(number) for number in numbers]
+            kept = [example for example in examples if example is not None]
+            batch = collate(kept, self._filler, num_skipped=len(examples) - len(kept))
+            return batch if self._features is None else replace(batch, features=self._features.read(batch.tiles_B3HW))
         except UserError as error:
             return error
-        kept = [example for example in examples if example is not None]
-        return collate(kept, self._filler, num_skipped=len(examples) - len(kept))
 
     def _encode(self, number: int) -> Example | None:
         """The record as an example, or None where an image is bad and `on_bad_image=skip`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -77,6 +78,14 @@ class Mixture:
             for source, kept in zip(self.sources, self._kept, strict=True)
         }
         return {"processor and tokenization libraries": self._encoder_fingerprint, **sources}
+
+    @property
+    def images_digest(self) -> str:
+        """Hash of which records are kept of which files; unlike `data_fingerprint` it knows of no tokens."""
+        digest = hashlib.sha256()
+        for source, kept in zip(self.sources, self._kept, strict=True):
+            digest.update(source.fingerprint.encode() + np.ascontiguousarray(kept).tobytes())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         """Samples per epoch."""

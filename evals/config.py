@@ -41,6 +41,8 @@ class EvalDataConfig(Schema):
     """Folder that relative paths of the tasks start from."""
     cache_dir: str = ".cache/data"
     """Where Arrow copies of the annotations are kept."""
+    feature_cache: str | None = None
+    """Folder of vision features that are computed once for all runs (`data.features`); null runs the tower live."""
 
 
 @dataclass(frozen=True, kw_only=True)
