@@ -176,9 +176,8 @@ def votes_of(raw: Mapping[str, Any], key: str = "answers") -> list[str]:
         RecordError: something else.
     """
     value = raw.get(key, [])
-    votes = (
-        [item.get("answer") if isinstance(item, dict) else None for item in value] if isinstance(value, list) else [0]
-    )
-    if not all(isinstance(vote, str) for vote in votes):
+    if not isinstance(value, list) or not all(
+        isinstance(item, dict) and isinstance(item.get("answer"), str) for item in value
+    ):
         raise RecordError(f"'{key}' is {str(value)[:80]!r}, not a list of objects with 'answer'")
-    return [str(vote) for vote in votes]
+    return [item["answer"] for item in value]
