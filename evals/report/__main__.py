@@ -87,7 +87,7 @@ def html_page(title: str, entries: Sequence[Entry], groups: Sequence[Group], fou
         UserError: Plotly is not installed, or a file of predictions or media is damaged.
     """
     drawn = [
-        plots.conditions(entries), plots.pareto(groups), parallel(entries), plots.seeds(groups), *curves(entries),
+        plots.conditions(entries), plots.pareto(groups), parallel(entries), plots.seeds(groups), *curves(groups),
     ]  # fmt: skip
     return page(
         title, tables.notes(entries), tables.machines(entries), entries, [table for table in found if table.rows],

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from evals.report.files import flat
-from evals.report.gathering import Entry
 from evals.report.plots import Plot, style
 from evals.report.reading import Row, Stage
+from evals.report.seeds import Group
 
 POINTS = 240
 """Points of a curve at most; longer ones are means over as many steps as it takes."""
+COUNTS = ("step", "n", "n_scored", "images")
+"""Numbers of a record that say how much was looked at, not what was seen."""
 LOSS, NORM = "loss per supervised token", "gradient norm (largest)"
 Curve = tuple[list[float], list[float | None]]
 
 
-def curves(entries: Sequence[Entry]) -> list[Plot]:
-    """One plot per name of a stage, with a choice of what is drawn."""
-    names = dict.fromkeys(stage.name for entry in entries for stage in entry.stages)
-    return [plot for name in names if (plot := _of_stage(name, entries))]
+def curves(groups: Sequence[Group]) -> list[Plot]:
+    """One plot per name of a stage, with a choice of what is drawn; seeds of a group are drawn alike."""
+    names = dict.fromkeys(stage.name for group in groups for entry in group.entries for stage in entry.stages)
+    return [plot for name in names if (plot := _of_stage(name, groups))]
 
 
 def thin(xs: Sequence[float], ys: Sequence[float | None], *, by_largest: bool = False) -> Curve:
@@ -37,18 +40,19 @@ def thin(xs: Sequence[float], ys: Sequence[float | None], *, by_largest: bool = 
     return thinned
 
 
-def _of_stage(name: str, entries: Sequence[Entry]) -> Plot | None:
+def _of_stage(name: str, groups: Sequence[Group]) -> Plot | None:
+    sharing = Counter(stage.path for group in groups for entry in group.entries for stage in entry.stages)
     drawn: dict[str, list[dict[str, Any]]] = {}
     seen = set()
     longest = 0
-    for position, entry in enumerate(entries):
+    for position, entry in ((position, entry) for position, group in enumerate(groups) for entry in group.entries):
         for stage in entry.stages:
             if stage.name != name or stage.path in seen:
                 continue
             seen.add(stage.path)
             longest = max(longest, len(stage.steps))
-            sharing = sum(stage.path == other.path for item in entries for other in item.stages)
-            label = entry.label if sharing == 1 else f"{entry.label} and {sharing - 1} more"
+            others = sharing[stage.path] - 1
+            label = f"{entry.label} and {others} more" if others else entry.label
             for what, (xs, ys) in _series(stage).items():
                 drawn.setdefault(what, []).append({
                     "type": "scatter", "mode": "lines" if len(xs) > 1 else "markers", "name": label, "x": xs, "y": ys,
@@ -100,7 +104,7 @@ def _numbers(rows: Iterable[Mapping[str, Any]]) -> dict[str, Curve]:
     for row in rows:
         about = next((str(row[key]) + " " for key in ("dataset", "task") if key in row), "")
         for key, value in flat(dict(row)).items():
-            if key in ("step", "n") or isinstance(value, bool) or not isinstance(value, int | float):
+            if key in COUNTS or isinstance(value, bool) or not isinstance(value, int | float):
                 continue
             xs, ys = found.setdefault(about + key, ([], []))
             xs.append(row["step"])

@@ -14,6 +14,8 @@ from evals.report.reading import Stage, is_run, read_stage
 
 STAGE_ORDER = ("align", "finetune")
 SWEEP = "sweep.json"
+STANDING = {"running": "running or killed"}
+"""What a trial that says so may be: a kill leaves no word."""
 LOG_LINES = 8
 """Last lines of a failed trial's log that are shown."""
 
@@ -25,7 +27,8 @@ class Entry:
     Attributes:
         label: names it among the others.
         sweep: name of the sweep that it is a trial of, or None.
-        point: axis -> value; empty for what is no trial.
+        point: axis -> value, as its grids name them; empty for what is no trial.
+        axes: axis -> value for all axes of the sweep: where no grid of the trial names one, what its config has.
         state: of the trial, or of its last stage.
         seconds: how long the trial took by the launcher's clock.
         log: why a trial failed: what the sweep says of it, and the last lines of its log.
@@ -36,6 +39,7 @@ class Entry:
     stages: tuple[Stage, ...]
     sweep: str | None = None
     point: Mapping[str, Any]
+    axes: Mapping[str, Any]
     state: str
     seconds: float | None = None
     log: str = ""
@@ -61,7 +65,7 @@ def gather(paths: Sequence[Path]) -> list[Entry]:
             stages = tuple(read(folder.resolve()) for folder in _stage_folders(path))
             # The last name of an absolute path, so that `.` is called what it is.
             entries.append(Entry(
-                label=path.resolve().name, path=path, stages=stages, point={}, state=stages[-1].state,
+                label=path.resolve().name, path=path, stages=stages, point={}, axes={}, state=stages[-1].state,
             ))  # fmt: skip
     return _told_apart(entries)
 
@@ -79,38 +83,54 @@ def short_names(keys: Iterable[str]) -> dict[str, str]:
 
 
 def _trials(folder: Path, read: Callable[[Path], Stage]) -> Iterable[Entry]:
-    files = sorted(folder.glob("trials/*/trial.json"))
+    files = {path.parent.name: path for path in sorted(folder.glob("trials/*/trial.json"))}
     if not files:
         raise UserError(
             f"no trial of the sweep {folder} has begun", found="no trials/*/trial.json", expected="at least one",
             remedy="report on it once it runs",
         )  # fmt: skip
-    trials = [(path, read_json(path)) for path in files]
-    for path, trial in trials:
+    trials = {name: read_json(path) for name, path in files.items()}
+    for name, trial in trials.items():
         if missing := {"point", "state"} - trial.keys():
-            raise unreadable(path, f"no {', '.join(sorted(missing))} in it")
-    names = short_names(key for _, trial in trials for key in trial["point"])
-    order = {name: position for position, name in enumerate(trial.name for trial in _in_order(folder))}
-    for path, trial in sorted(trials, key=lambda item: order.get(item[0].parent.name, len(order))):
-        point = {names[key]: value for key, value in trial["point"].items()}
-        stages = tuple(read(run) for run in _runs(folder, path.parent, trial.get("runs") or {}))
+            raise unreadable(files[name], f"no {', '.join(sorted(missing))} in it")
+    # In the order of the sweep's points; a trial may be a point of several grids.
+    named = [point for point in read_json(folder / SWEEP).get("points", []) if point["trial"] in trials]
+    points: dict[str, dict[str, Any]] = {point["trial"]: {} for point in named} | {name: {} for name in trials}
+    grids: dict[str, list[str]] = {name: [] for name in points}
+    for point in named:
+        points[point["trial"]] |= point["point"]
+        grids[point["trial"]].append(str(point["grid"]))
+    points = {name: {**trials[name]["point"], **point} for name, point in points.items()}
+    names = short_names(axis for point in points.values() for axis in point)
+    varying = [axis for axis in names if len({str(point.get(axis)) for point in points.values()}) > 1]
+    several = len({grid for of_trial in grids.values() for grid in of_trial}) > 1
+    for name, point in points.items():
+        path, trial = files[name].parent, trials[name]
+        stages = tuple(read(run) for run in _runs(folder, path, trial.get("runs") or {}))
+        config = stages[-1].config if stages else {}
+        axes = {"grid": " ".join(dict.fromkeys(grids[name]))} if several else {}
         yield Entry(
-            label=", ".join(f"{name}={spoken(value)}" for name, value in point.items()) or path.parent.name,
-            path=path.parent, stages=stages, sweep=folder.resolve().name, point=point, state=str(trial["state"]),
-            seconds=trial.get("seconds"), log=_failure(path.parent, trial) if trial["state"] == "failed" else "",
+            label=", ".join(f"{names[axis]}={spoken(point[axis])}" for axis in varying if axis in point) or name,
+            path=path, stages=stages, sweep=folder.resolve().name,
+            point={names[axis]: spoken(value) for axis, value in point.items()},
+            axes=axes | {names[axis]: spoken(point.get(axis, _configured(config, axis))) for axis in names},
+            state=STANDING.get(trial["state"], str(trial["state"])), seconds=trial.get("seconds"),
+            log=_failure(path, trial) if trial["state"] == "failed" else "",
         )  # fmt: skip
 
 
-def spoken(value: Any) -> str:
-    """A value as a reader says it: a dataclass of a plugin is called by its module."""
+def spoken(value: Any) -> Any:
+    """A value as a reader says it: a dataclass of a plugin is called by its module, a list is text."""
+    if value is None or isinstance(value, int | float):
+        return value
     text = str(value)
     return text.rsplit(".", 2)[-2] if text.startswith("anchorformer.") and text.endswith("Config") else text
 
 
-def _in_order(folder: Path) -> Iterable[Path]:
-    """Trials in the order of the sweep's points, as far as sweep.json names their ids."""
-    points = read_json(folder / SWEEP).get("points", [])
-    return [folder / "trials" / str(point["id"]) for point in points if isinstance(point, dict) and "id" in point]
+def _configured(config: Mapping[str, Any], axis: str) -> Any:
+    """What the config has where an axis is a key of it, or the group of a part of the model."""
+    key = axis.rpartition(":")[2]
+    return config.get(key, config.get(f"model.{key}._target_"))
 
 
 def _runs(sweep: Path, trial: Path, named: Mapping[str, str]) -> Iterable[Path]:

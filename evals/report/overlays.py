@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from evals.config import Condition
 from evals.report import figures
 from evals.report.files import read_lines, unreadable
 from evals.report.gathering import Entry
-from evals.report.reading import Stage
 from evals.report.seeds import Group
 
 MAX_IMAGES, MAX_COLUMNS = 8, 8
@@ -34,7 +33,7 @@ class Overlay:
 
     Attributes:
         image: PNG as a data URI.
-        caption: label -> text: question, answer, reference, as far as they were written.
+        caption: question, answer and reference.
     """
 
     image: str
@@ -70,12 +69,11 @@ def gallery(groups: Sequence[Group]) -> Gallery | None:
     for group in groups:
         media = next((path for entry in group.entries if (path := _newest(entry))), None)
         if media:
-            step = int(media.name.removeprefix("step-"))
-            found.append((f"{group.label} · step {step}", _read(media, notes)))
+            found.append((f"{group.label} ({media.name})", _read(media, notes)))
     if len(found) > MAX_COLUMNS:
         notes.append(f"shown are the first {MAX_COLUMNS} of {len(found)} groups with overlays")
     found = found[:MAX_COLUMNS]
-    names = sorted({name for _, overlays in found for name in overlays})
+    names = list(dict.fromkeys(name for _, overlays in found for name in overlays))
     if len(names) > MAX_IMAGES:
         notes.append(f"shown are the first {MAX_IMAGES} of {len(names)} images")
     rows = {name: [overlays.get(name) for _, overlays in found] for name in names[:MAX_IMAGES]}
@@ -104,46 +102,33 @@ def answers(groups: Sequence[Group]) -> list[Answers]:
 
 
 def _newest(entry: Entry) -> Path | None:
-    folders = [path for stage in reversed(entry.stages) for path in sorted(_media(stage), reverse=True)]
-    return next((path for path in folders if any(path.glob("*.png"))), None)
-
-
-def _media(stage: Stage) -> Iterable[Path]:
-    return (path for path in stage.path.glob("media/step-*") if path.name.removeprefix("step-").isdecimal())
+    """answers.json is written last: a folder without it may lack overlays."""
+    return next(
+        (path.parent for stage in reversed(entry.stages)
+         for path in sorted(stage.path.glob("media/step-*/answers.json"), reverse=True)), None,
+    )  # fmt: skip
 
 
 def _read(folder: Path, notes: list[str]) -> dict[str, Overlay]:
-    captions = _captions(folder / "answers.json")
-    overlays = {}
-    for path in sorted(folder.glob("*.png")):
-        try:
-            image = _embedded(path)
-        except UserError as error:
-            notes.append(f"{error.what}: {error.found}")
-        else:
-            overlays[path.stem] = Overlay(image, captions.get(path.stem, {}))
-    return overlays
-
-
-def _captions(path: Path) -> dict[str, dict[str, str]]:
-    """answers.json by the stem of the overlay: a list of objects of which one value names the file."""
-    if not path.is_file():
-        return {}
+    """Sample's id -> overlay; a sample of several tiles has one for each."""
     try:
-        content = json.loads(path.read_text("utf-8"))
-        rows = content if isinstance(content, list) else list(content.values())
-        return {
-            Path(str(row["overlay"])).stem: {
-                key: _text(row[key]) for key in ("question", "answer", "reference", "references") if key in row
-            }
-            for row in rows
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise unreadable(path, f"{type(error).__name__}: {error}") from None
-
-
-def _text(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        looks = [
+            (str(row["id"]), [Path(name).name for name in row["overlays"]],
+             {"question": row["question"], "answer": row["answer"], "reference": " / ".join(row["references"])})
+            for row in json.loads((folder / "answers.json").read_text("utf-8"))
+        ]  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise unreadable(folder / "answers.json", f"{type(error).__name__}: {error}") from None
+    overlays = {}
+    for sample, names, caption in looks:
+        for tile, name in enumerate(names):
+            try:
+                image = _embedded(folder / name)
+            except UserError as error:
+                notes.append(f"{error.what}: {error.found}")
+            else:
+                overlays[sample if len(names) == 1 else f"{sample}, tile {tile}"] = Overlay(image, caption)
+    return overlays
 
 
 def _embedded(path: Path) -> str:

@@ -10,7 +10,9 @@
   };
 
   // Plots take their ink from the page, so that they follow its light or dark ground.
-  const themed = (layout) => {
+  const themed = (layout, data) => {
+    const named = data.filter((trace) => trace.showlegend !== false).length;
+    const aside = named > 6 && innerWidth > 900; // there it scrolls, below it would eat the plot
     const style = getComputedStyle(document.documentElement);
     const ink = style.getPropertyValue("--ink").trim(), line = style.getPropertyValue("--line").trim();
     const axis = { gridcolor: line, zerolinecolor: line, linecolor: line, automargin: true };
@@ -19,7 +21,8 @@
       font: { family: "system-ui, sans-serif", size: 13, color: ink },
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       margin: { l: 56, r: 16, t: 12, b: 48 },
-      legend: { orientation: "h", y: -0.22, yanchor: "top", ...layout.legend },
+      legend: aside ? { font: { size: 11 } } : { orientation: "h", yref: "container", y: 0, yanchor: "bottom" },
+      annotations: (layout.annotations ?? []).map((note) => ({ bgcolor: style.getPropertyValue("--veil"), borderpad: 1, ...note })),
       modebar: { bgcolor: "rgba(0,0,0,0)", color: line, activecolor: ink },
       hoverlabel: { bgcolor: style.getPropertyValue("--raised").trim(), font: { color: ink } },
       xaxis: { ...axis, ...layout.xaxis }, yaxis: { ...axis, ...layout.yaxis },
@@ -33,7 +36,7 @@
     };
     // Plotly writes into what it is given; the next drawing needs it as it was.
     const { data, layout } = structuredClone(figure);
-    Plotly.react(place, data, themed(layout), { responsive: true, displaylogo: false });
+    Plotly.react(place, data, themed(layout, data), { responsive: true, displaylogo: false });
     chosen.forEach((select) => { select.onchange = () => draw(plot); });
   };
   plots.forEach(draw);
@@ -105,7 +108,7 @@
       const rows = keys.filter((key) => written(left[key]) !== written(right[key])).map((key) => [key, written(left[key]), written(right[key])]);
       return rows.length ? [element("h3", name), rowsOf(["", a.label, b.label], rows)] : [];
     });
-    document.getElementById("difference").replaceChildren(...(parts.length ? parts : [element("p", "They do not differ.", "quiet")]));
+    document.getElementById("differences").replaceChildren(...(parts.length ? parts : [element("p", "They do not differ.", "quiet")]));
   };
   const one = chooser("one", 0, () => showDifference());
   const other = chooser("other", runs.length - 1, () => showDifference());

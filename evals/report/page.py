@@ -19,6 +19,8 @@ from evals.report.plots import Plot
 from evals.report.table import Table, written
 
 HERE = Path(__file__).parent
+FOLDED = 12
+"""Rows from which on a table is opened by a click; that of the runs never is."""
 HIDDEN = ("command", "started", "before")
 """Of the environment: what every start has of its own, and no difference between runs."""
 
@@ -49,7 +51,7 @@ def page(
     ])  # fmt: skip
     data = {"plots": [_plain(plot) for plot in plots], "runs": list(_records(entries))}
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    links = "".join(f'<a href="#{name}">{escape(heading)}</a>' for name, heading, _ in sections)
+    links = "".join(f'<a href="#{name}" title="{escape(heading)}">{name}</a>' for name, heading, _ in sections)
     return "\n".join([
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
@@ -95,13 +97,13 @@ def _sections(
     """Name, heading and body, in the order in which a reader asks."""
     drawn = {plot.name: plot for plot in plots}
     listed = {table.name: table for table in tables}
-    for name in ("runs", "scores"):
-        if name in listed:
-            yield name, listed[name].title, _table(listed[name])
-    for name in ("conditions", "pareto", "parallel", "spread"):
+    yield "runs", listed["runs"].title, _table(listed["runs"])
+    for name in ("pareto", "parallel", "spread", "conditions"):
         if name in drawn:
             body = _plot(drawn[name]) + (_table(listed["seeds"]) if name == "spread" and "seeds" in listed else "")
             yield name, drawn[name].title, body
+    if "scores" in listed:
+        yield "scores", listed["scores"].title, _table(listed["scores"])
     curves = [plot for plot in plots if plot.name.startswith("curves-")]
     if curves:
         body = "".join(f"<h3>{escape(plot.title)}</h3>{_plot(plot)}" for plot in curves)
@@ -114,11 +116,11 @@ def _sections(
     if failures:
         logs = "".join(f"<h3>{escape(entry.label)}</h3><pre>{escape(entry.log)}</pre>" for entry in failures)
         yield "failures", "What failed", logs
-    yield "seconds", "Seconds per part", _folded(listed["seconds"])
+    yield "seconds", listed["seconds"].title, _table(listed["seconds"])
     if any(stage.config for entry in entries for stage in entry.stages):
         yield "configuration", "Configuration and environment", _chooser("shown") + '<div id="record"></div>'
     if sum(len(entry.stages) for entry in entries) > 1:
-        body = _chooser("one") + _chooser("other") + '<div id="difference"></div>'
+        body = _chooser("one") + _chooser("other") + '<div id="differences"></div>'
         yield "difference", "Difference between two runs", body
 
 
@@ -151,14 +153,13 @@ def _table(table: Table) -> str:
         for row in table.rows
     )  # fmt: skip
     note = f'<p class="quiet">{escape(table.note)}</p>' if table.note else ""
-    return (
+    body = (
         f'<div class="wide"><table class="sortable" id="table-{table.name}"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>{note}"
+        f"<tbody>{rows}</tbody></table></div>"
     )
-
-
-def _folded(table: Table) -> str:
-    return f"<details><summary>{len(table.rows) - 1} parts</summary>{_table(table)}</details>"
+    if len(table.rows) > FOLDED and table.name != "runs":
+        body = f"<details><summary>{len(table.rows)} rows</summary>{body}</details>"
+    return body + note
 
 
 def _gallery(gallery: Gallery) -> str:

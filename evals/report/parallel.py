@@ -13,8 +13,8 @@ from evals.report import figures
 from evals.report.gathering import Entry
 from evals.report.plots import Plot
 
-VIRIDIS = ("#440154", "#3b528b", "#21918c", "#5ec962", "#e0c91f")
-"""Low to high; readers with any colour vision see the order."""
+LOW_TO_HIGH = ("#7b52ab", "#3f74b5", "#21918c", "#5ec962", "#e0c91f")
+"""After viridis, whose order any colour vision sees; lighter at the low end, which would vanish on a dark ground."""
 
 
 def parallel(entries: Sequence[Entry]) -> Plot | None:
@@ -23,7 +23,7 @@ def parallel(entries: Sequence[Entry]) -> Plot | None:
     trials = [entry for entry in entries if entry.point and figures.scored(entry)]
     if len(trials) < 2:
         return None
-    dimensions = {axis: [entry.point.get(axis) for entry in trials] for axis in _axes(trials)}
+    dimensions = {axis: [entry.axes.get(axis) for entry in trials] for axis in _axes(trials)}
     dimensions |= {name: [figures.costs(entry)[name] for entry in trials] for name in figures.COSTS}
     dimensions["loss at end"] = [figures.loss_at_end(entry.last) if entry.last else None for entry in trials]
     dimensions |= {task: [figures.scores(entry, [task])[task] for entry in trials] for task in tasks}
@@ -75,16 +75,16 @@ class Scale:
 
 
 def said(value: Any) -> str:
-    return "not recorded" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "not recorded" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _axes(trials: Sequence[Entry]) -> list[str]:
-    return list(dict.fromkeys(axis for entry in trials for axis in entry.point))
+    return list(dict.fromkeys(axis for entry in trials for axis in entry.axes))
 
 
 def _line(label: str, values: Sequence[Any], scales: dict[str, Scale], last: str) -> dict[str, Any]:
     place = scales[last].place(values[-1])
-    colour = "#888888" if place is None else VIRIDIS[min(int(place * len(VIRIDIS)), len(VIRIDIS) - 1)]
+    colour = "#888888" if place is None else LOW_TO_HIGH[round(place * (len(LOW_TO_HIGH) - 1))]
     return {
         "type": "scatter", "mode": "lines+markers", "name": label, "x": list(range(len(values))),
         "y": [scale.place(value) for scale, value in zip(scales.values(), values, strict=True)],

@@ -170,21 +170,25 @@ def seeds(groups: Sequence[Group]) -> Plot | None:
             if found is None:
                 continue
             data.append({
-                "type": "scatter", "mode": "markers", "name": group.label, "x": [group.label] * len(values),
-                "y": values, "text": [f"seed {seed}" for seed in group.seeds], "marker": marker(position, 8, 0.6),
-                "hovertemplate": "%{text}: %{y:.3f}<extra></extra>",
+                "type": "scatter", "mode": "markers", "name": group.label, "y": [group.label] * len(values),
+                "x": values, "text": [f"seed {seed}" for seed in group.seeds], "marker": marker(position, 8, 0.6),
+                "hovertemplate": "%{text}: %{x:.3f}<extra></extra>",
             })  # fmt: skip
             data.append({
-                "type": "scatter", "mode": "markers", "x": [group.label], "y": [found.mean],
-                "error_y": {"type": "data", "array": [found.deviation], "thickness": 1.5, "width": 6},
-                "marker": {"symbol": "line-ew", "size": 22, "line": {"width": 2.5, "color": colour(position)},
+                "type": "scatter", "mode": "markers", "y": [group.label], "x": [found.mean],
+                "error_x": {"type": "data", "array": [found.deviation], "thickness": 1.5, "width": 6},
+                "marker": {"symbol": "line-ns", "size": 22, "line": {"width": 2.5, "color": colour(position)},
                            "color": colour(position)},
-                "hovertemplate": f"mean of {found.n}: %{{y:.3f}}<extra></extra>", "name": f"{group.label}: mean",
+                "hovertemplate": f"mean of {found.n}: %{{x:.3f}}<extra></extra>", "name": f"{group.label}: mean",
             })  # fmt: skip
         if data:
             variants[_key(choice, choices)] = {
                 "data": data,
-                "layout": {"showlegend": False, "xaxis": {"type": "category"}, "yaxis": {"title": {"text": score}}},
+                "layout": {
+                    "showlegend": False,
+                    "xaxis": {"title": {"text": score}},
+                    "yaxis": {"type": "category", "autorange": "reversed"},
+                },
             }
     if not variants:
         return None

@@ -53,8 +53,9 @@ def group(entries: Sequence[Entry]) -> list[Group]:
     for entry in entries:
         found.setdefault(_essence(entry), []).append(entry)
     firsts = [members[0] for members in found.values()]
-    varying = _varying(firsts)
-    return [Group(_label(tuple(members), varying), tuple(members)) for members in found.values()]
+    varying = _varying([essential(entry.last.config) for entry in firsts if entry.last and entry.last.config])
+    axes = _varying([essential(entry.point) for entry in firsts if entry.point])
+    return [Group(_label(members, axes, varying), tuple(members)) for members in found.values()]
 
 
 def spread(values: Sequence[float | None]) -> Spread | None:
@@ -70,10 +71,10 @@ def seed_of(entry: Entry) -> Any:
     return entry.last.config.get("seed") if entry.last else None
 
 
-def essential(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config without names, places and seeds."""
+def essential(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A config, or a point, without names, places and seeds."""
     return {
-        key: value for key, value in config.items()
+        key: value for key, value in values.items()
         if key not in NAMES and not key.startswith(NAMED) and key.split(".")[-1] != "seed"
     }  # fmt: skip
 
@@ -85,18 +86,18 @@ def _essence(entry: Entry) -> str:
     return json.dumps([essential(stage.config) for stage in entry.stages], default=str)
 
 
-def _varying(entries: Sequence[Entry]) -> list[str]:
-    configs = [essential(entry.last.config) for entry in entries if entry.last and entry.last.config]
-    keys = dict.fromkeys(key for config in configs for key in config)
-    return [key for key in keys if len({str(config.get(key)) for config in configs}) > 1]
+def _varying(values: Sequence[Mapping[str, Any]]) -> list[str]:
+    keys = dict.fromkeys(key for mapping in values for key in mapping)
+    return [key for key in keys if len({str(mapping.get(key)) for mapping in values}) > 1]
 
 
-def _label(members: tuple[Entry, ...], varying: Sequence[str]) -> str:
-    if len(members) == 1:
-        return members[0].label
+def _label(members: Sequence[Entry], axes: Sequence[str], varying: Sequence[str]) -> str:
     first = members[0]
-    point = {axis: value for axis, value in first.point.items() if axis.split(".")[-1] != "seed"}
-    config = essential(first.last.config) if first.last else {}
-    values = point or {name: config[key] for key, name in short_names(varying).items() if key in config}
+    if len(members) == 1:
+        return first.label
+    config = first.last.config if first.last else {}
+    values = {axis: first.point[axis] for axis in axes if axis in first.point} or {
+        name: config[key] for key, name in short_names(varying).items() if key in config
+    }
     told = [f"{name}={spoken(value)}" for name, value in values.items()]
     return ", ".join(told[:MAX_VALUES] + ["…"] * (len(told) > MAX_VALUES)) or f"{first.label} and its repetitions"

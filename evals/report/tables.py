@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from evals.config import Condition
 from evals.report import figures
@@ -12,6 +13,8 @@ from evals.report.seeds import Group, seed_of, spread
 from evals.report.table import Column, Table, Value, markdown
 
 Timings = Mapping[str, float | Mapping[str, float]]
+NAMED = 4
+"""Trials of a state that a note names."""
 
 
 def training(entries: Sequence[Entry]) -> Table:
@@ -67,9 +70,12 @@ def held_out(entries: Sequence[Entry]) -> Table:
 def overview(entries: Sequence[Entry]) -> Table:
     """One row per entry: what it is, what came of it, what it took."""
     answered, losses = figures.answered_tasks(entries), figures.loss_tasks(entries)
-    axes = list(dict.fromkeys(axis for entry in entries for axis in entry.point))
+    axes = list(dict.fromkeys(axis for entry in entries for axis in entry.axes))
+    # The axes say what a trial is; its id says where it lies.
+    are_trials = all(entry.point for entry in entries) and len({entry.sweep for entry in entries}) == 1
     columns = [
-        Column("run"), *(Column(axis) for axis in axes), *([] if "seed" in axes else [Column("seed")]), Column("state"),
+        Column("trial" if are_trials else "run"), *(Column(axis) for axis in axes),
+        *([] if "seed" in axes else [Column("seed")]), Column("state"), Column("last stage"),
         *(Column(task, ".3f") for task in answered), *(Column(f"{task} (loss)", ".3f") for task in losses),
         *([Column("mean of tasks", ".3f")] if len(answered) > 1 else []),
         Column("loss at end", ".3f"), Column("visual tokens", "d"), Column("ms/question", ",.2f"),
@@ -80,8 +86,9 @@ def overview(entries: Sequence[Entry]) -> Table:
     for entry in entries:
         cost = figures.costs(entry)
         rows.append((
-            entry.label, *(entry.point.get(axis) for axis in axes), *([] if "seed" in axes else [seed_of(entry)]),
-            entry.state, *figures.scores(entry, [*answered, *losses]).values(),
+            entry.path.name if are_trials else entry.label, *(entry.axes.get(axis) for axis in axes),
+            *([] if "seed" in axes else [seed_of(entry)]), entry.state, entry.last.name if entry.last else None,
+            *figures.scores(entry, [*answered, *losses]).values(),
             *([figures.mean_score(entry, answered)] if len(answered) > 1 else []),
             figures.loss_at_end(entry.last) if entry.last else None, cost["visual tokens"], cost["ms/question"],
             cost["ms/sample"], figures.rate(entry.last, "tokens") if entry.last else None, cost["peak GiB"],
@@ -124,12 +131,11 @@ def parts(timings: Timings, entries: Sequence[Entry]) -> Table:
     spent: dict[str, float] = {}
     for name, taken in timings.items():
         spent |= {name: taken} if isinstance(taken, float | int) else {f"{name}: {key}": n for key, n in taken.items()}
-    seen = set()
+    owners: dict[Path, list[tuple[Entry, Stage]]] = {}
     for entry, stage in _stages(entries):
-        if stage.path in seen:
-            continue
-        seen.add(stage.path)
-        name = stage.name if len(entries) == 1 else f"{entry.label}: {stage.name}"
+        owners.setdefault(stage.path, []).append((entry, stage))
+    for path, ((entry, stage), *others) in owners.items():
+        name = f"{stage.name} in {path.parent.name}" if others else _where(entry, stage, entries)
         spent[name] = figures.seconds(stage) or 0.0
         asked = [result["time"]["seconds"] for task in stage.results.values() for result in task.values()]
         if asked:
@@ -145,8 +151,14 @@ def notes(entries: Sequence[Entry]) -> list[str]:
         for entry, stage in _stages(entries) if stage.state != "done"
     ]  # fmt: skip
     told += [f"{_where(entry, stage, entries)}: {note}" for entry, stage in _stages(entries) for note in stage.notes]
-    told += [f"{entry.label}: the trial {_standing(entry.state)}" for entry in entries
-             if entry.sweep and entry.state != "done"]  # fmt: skip
+    unfinished: dict[str, list[str]] = {}
+    for entry in entries:
+        if entry.sweep and entry.state != "done":
+            unfinished.setdefault(entry.state, []).append(entry.label)
+    told += [
+        f"{len(labels)} of {sum(entry.sweep is not None for entry in entries)} trials: {state} "
+        f"({'; '.join(labels[:NAMED])}{'; …' * (len(labels) > NAMED)})" for state, labels in unfinished.items()
+    ]  # fmt: skip
     return list(dict.fromkeys(told))
 
 
@@ -227,5 +239,6 @@ def _where(entry: Entry, stage: Stage, entries: Sequence[Entry]) -> str:
 
 
 def _standing(state: str) -> str:
-    return {"not ended": "has not ended", "failed": "has failed", "halted": "was halted",
-            "interrupted": "was interrupted"}.get(state, f"is {state}")  # fmt: skip
+    return {"not ended": "has not ended", "halted": "was halted", "interrupted": "was interrupted"}.get(
+        state, f"is {state}"
+    )

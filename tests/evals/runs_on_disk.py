@@ -84,11 +84,12 @@ def write_media(run: Path, step: int = 20, names: Sequence[str] = ("one", "two")
     """Overlays and answers of a step."""
     media = run / "media" / f"step-{step:08d}"
     media.mkdir(parents=True)
-    for position, name in enumerate(names):
-        Image.new("RGB", (64, 48), (40 * position, 90, 160)).save(media / f"{name}.png")
+    for position in range(len(names)):
+        Image.new("RGB", (64, 48), (40 * position, 90, 160)).save(media / f"{position}-0.png")
     (media / "answers.json").write_text(json.dumps([
-        {"overlay": f"{name}.png", "question": f"what is <i>{name}</i>?", "answer": "</script>", "reference": name}
-        for name in names
+        {"id": name, "question": f"what is <i>{name}</i>?", "answer": "</script>", "references": [name, "or so"],
+         "overlays": [f"{position}-0.png"]}
+        for position, name in enumerate(names)
     ]))  # fmt: skip
 
 
@@ -104,7 +105,7 @@ def write_sweep(folder: Path, seeds: Sequence[int] = (0, 1), *, with_media: bool
         selector, anchors, seed = point.values()
         trial = folder / "trials" / f"t{position:02d}"
         trial.mkdir(parents=True)
-        listed.append({"id": trial.name, "point": point})
+        listed.append({"grid": "selectors", "point": point, "trial": trial.name})
         is_last, runs_still = position == len(points) - 1, position == len(points) - 2
         score = 0.4 + 0.1 * math.log(anchors) + 0.05 * (selector == "anchor") + 0.01 * seed
         if not is_last:

@@ -171,15 +171,15 @@ def test_a_run_that_goes_on_says_so(run: Path) -> None:
 
 def test_a_sweep_of_which_a_trial_failed(tmp_path: Path) -> None:
     text = report(write_sweep(tmp_path / "ablation"))
-    lines = [line for line in text.splitlines() if line.startswith("| selector=")]
+    lines = [line for line in text.splitlines() if line.startswith(("| t0", "| t1"))]
     overview = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:12]]
-    assert [row[1:5] for row in overview][:2] == [["anchor", "5", "0", "done"], ["anchor", "5", "1", "done"]]
-    assert [row[4] for row in overview] == ["done"] * 10 + ["running", "failed"]
+    assert [row[:4] for row in overview][:2] == [["t00", "anchor", "5", "0"], ["t01", "anchor", "5", "1"]]
+    assert [row[4] for row in overview] == ["done"] * 10 + ["running or killed", "failed"]
     # The failed trial has the shared align and nothing of its own; the running one has no score.
-    assert overview[-1][5:8] == ["", "", ""]
-    assert overview[-2][5:8] == ["", "", ""]
-    assert float(overview[0][5]) == pytest.approx(0.4 + 0.1609 - 0.1 + 0.05, abs=1e-3)
-    assert "- selector=random, num_anchors=17, seed=1: the trial has failed" in text
+    assert overview[-1][5:9] == ["align", "", "", ""]
+    assert overview[-2][5:9] == ["finetune", "", "", ""]
+    assert float(overview[0][6]) == pytest.approx(0.4 + 0.1609 - 0.1 + 0.05, abs=1e-3)
+    assert "- 1 of 12 trials: failed (selector=random, num_anchors=17, seed=1)" in text
     assert cells(text, "sum") == ["sum", f"{10 + 10 * (250 + 6 * 1.5) + 3.5:,.1f}"]
 
 
