@@ -22,6 +22,8 @@ from train.sweep.config import SweepConfig
 from train.sweep.trial import State, Step, Trial, TrialFolder
 from train.sweep.words import words_for
 
+NOT_HASHED = ("run", "resume", "output_root", "log", "checkpoint", "watchdog", "eval", "health", "tracker")
+"""Groups and keys of a config that name, show or save a run; with other values of these a trial is still the same."""
 TO_COME = "the align run of this trial"
 """What a finetune's `init_from` is while its trial is composed and hashed: the trial's own id is not known yet."""
 
@@ -96,12 +98,10 @@ def points(sweep: SweepConfig) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def config_hash(configs: Mapping[StageName, RunConfig]) -> str:
-    """Hash of every value of the configs that may change what a trial shows; names, paths of its own and threads don't."""
+    """Hash of every value of the configs but `NOT_HASHED` and the number of threads, which the slots decide."""
     plain = {}
     for stage, config in configs.items():
-        values = to_plain(config)
-        for key in ("run", "resume", "output_root"):
-            del values[key]
+        values = {key: value for key, value in to_plain(config).items() if key not in NOT_HASHED}
         del values["hardware"]["threads"]
         plain[stage.value] = values
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
@@ -139,7 +139,9 @@ def _add(
         start = made.folder / "shared" / digest[:12]
         runs[StageName.align] = start / StageName.align.value
         if start not in made.trials:
-            point = {axis: value for axis, value in values.items() if not axis.startswith(f"{StageName.finetune.value}:")}
+            point = {
+                axis: value for axis, value in values.items() if not axis.startswith(f"{StageName.finetune.value}:")
+            }
             made.trials[start] = _trial(digest, point, words, align, runs, sweep, None)
             made.configs[start] = align
         stages = (StageName.finetune,)

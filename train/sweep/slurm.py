@@ -49,7 +49,9 @@ def submit(
         ) from None  # fmt: skip
     jobs = _array(executor, first, sweep, ranks, {}, cluster)
     # Whatever becomes of the others, each trial looks for itself at the one that it needs.
-    behind = {"dependency": "afterany:" + ":".join(sorted({job.job_id.partition("_")[0] for job in jobs}))} if jobs else {}
+    behind = (
+        {"dependency": "afterany:" + ":".join(sorted({job.job_id.partition("_")[0] for job in jobs}))} if jobs else {}
+    )
     return [*jobs, *_array(executor, second, sweep, ranks, behind, cluster)]
 
 

@@ -29,7 +29,12 @@ def write_definition(sweep: SweepConfig, plan: Plan, command: Sequence[str]) -> 
         "definition": to_plain(sweep),
         "axes": axes(plan),
         "points": [
-            {"grid": point.grid, "point": point.values, "trial": point.trial, "folder": str(path.relative_to(plan.folder))}
+            {
+                "grid": point.grid,
+                "point": point.values,
+                "trial": point.trial,
+                "folder": str(path.relative_to(plan.folder)),
+            }
             for point in plan.points
             for path in named
             if path.name == point.trial
@@ -72,7 +77,9 @@ def table(found: Sequence[dict[str, Any]]) -> str:
     shown = [name for name in columns if name in ("trial", "state") or len({str(row.get(name)) for row in found}) > 1]
     cells = [[name.rpartition(".")[2] for name in shown], *([_cell(row.get(name)) for name in shown] for row in found)]
     widths = [max(len(row[place]) for row in cells) for place in range(len(shown))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
+    )
 
 
 def write(plan: Plan, found: Sequence[dict[str, Any]]) -> None:
@@ -114,4 +121,10 @@ def _columns(found: Sequence[dict[str, Any]]) -> list[str]:
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:.4g}" if isinstance(value, float) and abs(value) < 1000 else f"{value:.0f}" if isinstance(value, float) else str(value)
+    return (
+        f"{value:.4g}"
+        if isinstance(value, float) and abs(value) < 1000
+        else f"{value:.0f}"
+        if isinstance(value, float)
+        else str(value)
+    )

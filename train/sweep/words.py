@@ -19,8 +19,8 @@ OWN = {"sweep", *(field.name for field in dataclasses.fields(SweepConfig))}
 GIVEN_BY_THE_SWEEP = ("run", "stage", "resume", "rehearse")
 """Keys of a run that a trial gets from its sweep."""
 
-_PLAIN = re.compile(r"[\w./:@-]+")
-_READ_AS_OTHER = re.compile(r"(?i)true|false|null|nan|inf|[-+]?[\d._]+(e[-+]?\d+)?")
+_PLAIN = re.compile(r"[A-Za-z_./][\w./-]*", re.ASCII)
+_READ_AS_OTHER = re.compile(r"(?i)true|false|null|nan|inf|[\d._]+(e[-+]?\d+)?")
 
 
 def read(arguments: Sequence[str]) -> SweepConfig:
@@ -33,8 +33,8 @@ def read(arguments: Sequence[str]) -> SweepConfig:
     Raises:
         UserError: what `CommandLine` raises for the sweep's own words; a key that the sweep itself gives to its runs.
     """
-    own = [text for text in arguments if key_of(text) in OWN]
-    others = [text for text in arguments if key_of(text) not in OWN]
+    own = [text for text in arguments if key_of(text).partition(".")[0] in OWN]
+    others = [text for text in arguments if text not in own]
     composed = COMMAND_LINE.compose(COMMAND_LINE.read(own))
     grids = composed.get("grids") or {"axes": {}}
     fixed = list(composed.get("overrides", ()))
@@ -64,9 +64,8 @@ def read(arguments: Sequence[str]) -> SweepConfig:
 
 
 def key_of(text: str) -> str:
-    """The first part of a word's key: `slurm` of `slurm.hours=2`; a stage before it is left off."""
-    key = split_stage(text)[1].partition("=")[0].lstrip("+")
-    return key.partition(".")[0]
+    """The key of a word or an axis, without a stage before it."""
+    return split_stage(text)[1].partition("=")[0].lstrip("+")
 
 
 def split_stage(text: str) -> tuple[StageName | None, str]:
@@ -80,7 +79,7 @@ def words_for(stage: StageName, fixed: Iterable[str], point: Mapping[str, Any]) 
     """The overrides of one stage of a point: of words with the same key the last one stays, and a point's are last."""
     texts = [*fixed, *(f"{axis}={text(value)}" for axis, value in point.items())]
     meant = [word for only, word in map(split_stage, texts) if only in (None, stage)]
-    return list({word.partition("=")[0].lstrip("+"): word for word in meant}.values())
+    return list({key_of(word): word for word in meant}.values())
 
 
 def text(value: Any) -> str:

@@ -1,0 +1,185 @@
+"""From a sweep's command line to its trials: axes, ids, shared stages, shares of the machine, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anchorformer.errors import UserError
+from anchorformer.schema import parse
+from data.overrides import options
+from tests.train.cases import ALIGN, run_config
+from tests.train.fake_trials import say
+from train.config import StageName
+from train.sweep import points as planning
+from train.sweep.config import SweepConfig
+from train.sweep.points import Plan, adopt, config_hash, plan
+from train.sweep.slots import share_out
+from train.sweep.trial import State, TrialFolder
+from train.sweep.words import read, text, words_for
+
+TINY = ("experiment=smoke", "engine=plain")
+
+
+def sweep(**values: object) -> SweepConfig:
+    return parse(SweepConfig, {"name": "test", "overrides": TINY, "grids": {}, **values}, "test")
+
+
+def planned(*words: str) -> Plan:
+    return plan(read(["sweep=miniworld_smoke", "seeds=[0]", *words]))
+
+
+@pytest.mark.parametrize("name", options("sweep"))
+def test_every_sweep_of_conf_is_one(name: str) -> None:
+    config = read([f"sweep={name}", "data.root=/data"])
+    assert config.name == name, "its folder is found by the name that was typed"
+    assert list(planning.points(config))
+
+
+def test_the_paper_s_sweep() -> None:
+    found = [values for _, values in planning.points(read(["sweep=anchors_depth"]))]
+    pairs = {(values["model.selector.num_anchors"], values["model.connector.depth"]) for values in found}
+    assert pairs == {(anchors, depth) for anchors in (65, 145, 257) for depth in (3, 6, 9, 12)}
+    assert len(found) == 12
+
+
+def test_values_on_the_command_line_are_axes() -> None:
+    config = read(["sweep=miniworld_smoke", "model.selector.num_anchors=9", "model.connector.depth=1,2", "seeds=[3,4]",
+                   "finetune:stage.trains.connector.lr=1e-3,2e-3", "align:stage.max_steps=7"])  # fmt: skip
+    found = [values for _, values in planning.points(config)]
+    assert len(found) == 2 * 2 * 2
+    assert {values["model.selector.num_anchors"] for values in found} == {9}, "one value takes the place of an axis too"
+    assert {values["model.connector.depth"] for values in found} == {1, 2}
+    assert {values["finetune:stage.trains.connector.lr"] for values in found} == {1e-3, 2e-3}
+    assert {values["seed"] for values in found} == {3, 4}
+    align, finetune = (words_for(stage, config.overrides, found[0]) for stage in StageName)
+    assert "stage.max_steps=7" in align
+    assert "stage.max_steps=7" not in finetune
+    assert [word for word in finetune if "lr" in word] == ["stage.trains.connector.lr=0.001"]
+    assert not [word for word in align if "lr" in word]
+
+
+@settings(deadline=None)
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+                    | st.text("abc ,='[]{}0.e-:/é", min_size=0, max_size=6), lambda inner: st.lists(inner, max_size=3)))  # fmt: skip
+def test_a_value_comes_back_from_its_override(value: object) -> None:
+    from data.overrides import alternatives
+
+    assert alternatives(f"key={text(value)}") == ("key", [value])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["run=mine"], "'run' is given to each run"),
+        (["resume=never,auto"], "'resume' is given to each run"),
+        (["seed=0,1"], "'seed' is no axis"),
+        (["name=../mine"], "no folder name"),
+        (["slots=0"], "do not fit SweepConfig"),
+        (["seeds=[1,1]"], "seeds has to name different ones"),
+        (["stages=[finetune,align]"], "wrong order"),
+        (["stages=[align]"], "a stage that is not run"),
+        (["slot=2"], "unknown key 'slot'"),
+        (["init_from=elsewhere"], "init_from is given to finetune"),
+        (["model.connector.dept=1,2"], "unknown key 'model.connector.dept'"),
+        (["selector=anchor_tiny,anchr"], "seed=0: there is no selector 'anchr'"),
+        (["hardware.nodes=2"], "one node"),
+    ],
+)
+def test_what_cannot_be_swept_is_refused_before_anything_starts(words: list[str], said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        planned(*words)
+    assert said in str(caught.value)
+
+
+def test_two_spellings_are_one_trial_and_another_value_is_another() -> None:
+    base = planned("model.selector.num_anchors=9", "model.connector.depth=2")
+    [(path, trial)] = base.of_points.items()
+    assert path.name == trial.id
+    # The experiment's depth is 2 already; threads, names and a shared file of overrides do not make it another trial.
+    same = sweep(grids={"a": {"model.selector.num_anchors": [9]}, "b": {"model.selector.num_anchors": 9,
+                 "model.connector.depth": 2, "connector": "anchor_former_tiny", "hardware.threads": 3}},
+                 overrides=(*TINY, "hardware.ranks=1", "hardware.micro_batch=32"), seeds=(0,))  # fmt: skip
+    found = plan(same)
+    assert len(found.points) == 2
+    assert {point.trial for point in found.points} == {trial.id}
+    assert len(found.trials) == 2, "the trial, and the stage 1 that it starts from"
+    for word in ("seeds=[1]", "hardware.micro_batch=16", "finetune:stage.max_steps=9", "model.connector.ff_mult=2"):
+        other = planned("model.selector.num_anchors=9", "model.connector.depth=2", word)
+        assert {point.trial for point in other.points} != {trial.id}, word
+
+
+def test_a_changed_default_of_the_code_is_another_trial() -> None:
+    config = run_config(ALIGN)
+    changed = dataclasses.replace(config, stage=dataclasses.replace(config.stage, eps=1e-7))
+    assert config_hash({StageName.align: config}) != config_hash({StageName.align: changed})
+    log = dataclasses.replace(config.log, every=11)
+    renamed = dataclasses.replace(config, run="other", resume="auto", output_root="elsewhere", log=log)
+    assert config_hash({StageName.align: config}) == config_hash({StageName.align: renamed})
+
+
+def test_stage_one_is_shared_where_its_config_is_the_same() -> None:
+    found = planned("model.selector.num_anchors=9", "model.connector.depth=1,2", "finetune:stage.max_steps=5,6")
+    assert len(found.of_points) == 4
+    shared = [trial for path, trial in found.trials.items() if path.parent.name == "shared"]
+    assert len(shared) == 2
+    for path, trial in found.of_points.items():
+        start = found.trials[Path(trial.needs or "")]
+        assert trial.runs["align"] == start.runs["align"] == f"{trial.needs}/align"
+        assert trial.runs["finetune"] == str(path / "finetune")
+        assert f"init_from={trial.runs['align']}" in trial.steps[0].argv
+        assert start.point.get("model.connector.depth") == trial.point["model.connector.depth"]
+        assert "finetune:stage.max_steps" not in start.point
+    assert [step.name.split()[0] for step in shared[0].steps] == ["align", "evals"]
+
+
+def test_what_is_done_stays_and_a_new_evaluation_is_what_is_left(tmp_path: Path) -> None:
+    words = ("model.selector.num_anchors=9", "model.connector.depth=2", f"output_root={tmp_path}")
+    made = planned(*words)
+    [(path, trial)] = made.of_points.items()
+    assert adopt(path, trial).state is State.pending
+    TrialFolder(path).note(state=State.done, finished=tuple(step.name for step in trial.steps), seconds=7.0)
+    again = adopt(path, planned(*words).of_points[path])
+    assert (again.state, again.seconds, again.left) == (State.done, 7.0, [])
+    more = planned(*words, "evals.finetune=['task=miniworld_doc']")
+    assert path in more.of_points, "what is asked of a model does not make it another"
+    asked = adopt(path, more.of_points[path])
+    assert asked.state is State.pending
+    assert [step.name for step in asked.left] == ["evals finetune task=miniworld_doc"]
+    assert json.loads((path / "trial.json").read_text())["config_hash"].startswith(trial.id)
+    assert say(tmp_path, "x") not in asked.steps
+
+
+@settings(deadline=None)
+@given(cards=st.integers(0, 16), ranks=st.integers(1, 8), slots=st.none() | st.integers(1, 8))
+def test_slots_share_no_card(cards: int, ranks: int, slots: int | None) -> None:
+    config = run_config(ALIGN, hardware__device="cuda", hardware__ranks=ranks, stage__global_batch=ranks)
+    asked = sweep(grids={"a": {}}, cards=list(range(cards)) or None, slots=slots) if cards else None
+    if asked is None:
+        return
+    needed = (slots or 1) * ranks
+    if needed > cards:
+        with pytest.raises(UserError, match="fewer cards"):
+            share_out(asked, [config])
+        return
+    found = share_out(asked, [config])
+    assert len(found) == (slots or cards // ranks)
+    named = [card for slot in found for card in slot.cards]
+    assert len(named) == len(set(named)) == len(found) * ranks
+    assert found[0].environment({"HOME": "/me"}) == {"HOME": "/me", "CUDA_VISIBLE_DEVICES": ",".join(found[0].cards)}
+
+
+def test_on_the_cpu_slots_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 4})
+    config = run_config(ALIGN)
+    one, other = share_out(sweep(grids={"a": {}}, slots=2), [config])
+    assert (one.cores, other.cores, one.cards) == ({0, 1}, {2, 3}, ())
+    many = share_out(sweep(grids={"a": {}}, slots=7), [config])
+    assert all(len(slot.cores) == 1 for slot in many)
