@@ -91,14 +91,14 @@ def pareto(groups: Sequence[Group]) -> Plot | None:
     }
     if not found:
         return None
-    # Only what somebody has recorded can be chosen.
-    costs = [j for j in range(len(figures.COSTS)) if any(j == there for _, there in found)]
+    # Only what at least two groups have recorded can be chosen.
+    ranked, costs = sorted({i for i, _ in found}), sorted({j for _, j in found})
     return Plot(
         "pareto", "Score against cost",
         "Small marks are single runs, large ones the mean over the seeds of a group. The line joins the groups that no "
         "other group beats in both. Times and memory are as recorded, on the machines named below.",
-        {f"{i},{costs.index(j)}": figure for (i, j), figure in found.items()},
-        {"score": scores, "cost": [list(figures.COSTS.values())[j] for j in costs]},
+        {f"{ranked.index(i)},{costs.index(j)}": figure for (i, j), figure in found.items()},
+        {"score": [scores[i] for i in ranked], "cost": [list(figures.COSTS.values())[j] for j in costs]},
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from evals.report.seeds import Group, seed_of, spread
 from evals.report.table import Column, Table, Value, markdown
 
 Timings = Mapping[str, float | Mapping[str, float]]
+DECISIVE = ("n", "source", "first_prompt", "metric_variant", "decoding", "template")
+"""What results of a task have to share before their scores are set side by side."""
 NAMED = 4
 """Trials of a state that a note names."""
 
@@ -151,6 +154,10 @@ def notes(entries: Sequence[Entry]) -> list[str]:
         for entry, stage in _stages(entries) if stage.state != "done"
     ]  # fmt: skip
     told += [f"{_where(entry, stage, entries)}: {note}" for entry, stage in _stages(entries) for note in stage.notes]
+    told += [
+        f"{task} was not asked alike everywhere, so its scores do not compare; different: {', '.join(unlike)}"
+        for task, unlike in _unlike(entries).items()
+    ]
     unfinished: dict[str, list[str]] = {}
     for entry in entries:
         if entry.sweep and entry.state != "done":
@@ -228,6 +235,19 @@ def _gain(by_condition: Mapping[Condition, Row]) -> float | None:
     if right is None or shuffled is None:
         return None
     return float(shuffled - right if figures.lower_is_better(by_condition[Condition.right]) else right - shuffled)
+
+
+def _unlike(entries: Sequence[Entry]) -> dict[str, list[str]]:
+    """Task -> what decides a score and is not the same in all results of it."""
+    asked: dict[str, list[Row]] = {}
+    for entry in entries:
+        for task, result in figures.scored(entry).items():
+            asked.setdefault(task, []).append(result)
+    unlike = {
+        task: [key for key in DECISIVE if len({json.dumps(result.get(key), sort_keys=True) for result in results}) > 1]
+        for task, results in asked.items()
+    }
+    return {task: keys for task, keys in unlike.items() if keys}
 
 
 def _commits(group: Group) -> set[str]:

@@ -197,6 +197,17 @@ def test_runs_that_differ_in_seeds_are_repetitions(tmp_path: Path) -> None:
     assert cells(seeds, "unknown")[1:5] == ["scene", "1", "0.900", ""]
 
 
+def test_scores_of_other_questions_are_not_set_side_by_side_in_silence(tmp_path: Path) -> None:
+    for name in "ab":
+        write_stage(tmp_path / name, [1.0], {"scene": {"right": 0.5}, "doc": {"right": 0.5}})
+    assert "do not compare" not in report(tmp_path / "a", tmp_path / "b")
+    result = tmp_path / "a" / "evals" / "doc-right.json"
+    result.write_text(json.dumps(json.loads(result.read_text()) | {"n": 7}))
+    text = report(tmp_path / "a", tmp_path / "b")
+    assert "- doc was not asked alike everywhere, so its scores do not compare; different: n" in text
+    assert "scene was not asked" not in text
+
+
 def test_a_loss_that_is_not_finite_is_told_as_it_is(tmp_path: Path) -> None:
     write_stage(tmp_path / "align", [1.0, float("nan")])
     assert cells(report(tmp_path / "align"), "align")[2:4] == ["1.000", "nan"]
