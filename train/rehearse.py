@@ -17,7 +17,7 @@ from anchorformer.errors import UserError
 from data.images import load as load_image
 from data.mixture import open_sources
 from evals.questions import Question, question
-from train.config import CheckpointConfig, LogConfig, RunConfig
+from train.config import NO_TRACKER, CheckpointConfig, LogConfig, RunConfig
 from train.prepare import prepare
 from train.run.folder import RunFolder
 from train.run.lock import acquired, release
@@ -32,7 +32,7 @@ QUESTIONS = 4
 def rehearse(config: RunConfig, words: Sequence[str]) -> list[str]:
     """Runs the rehearsal below `<output_root>/rehearsals/` and says what it proved, line by line.
 
-    Every value of the config stays, but the length, the output folder, and how often is saved and logged.
+    Every value of the config stays, but the length, the output folder, how often is saved and logged, and the tracker.
 
     Args:
         words: what the user typed.
@@ -84,6 +84,7 @@ def shortened(config: RunConfig) -> RunConfig:
         stage=replace(config.stage, epochs=None, max_steps=STEPS),
         log=LogConfig(every=1),
         checkpoint=CheckpointConfig(every=1, keep=STEPS),
+        tracker=NO_TRACKER,
         resume="auto",
     )
 

@@ -21,15 +21,13 @@ from train.checkpoint import TrainerState
 from train.config import RunConfig
 from train.distributed import World
 from train.engine import Engine
-from train.engine.base import total_norm
 from train.export import export
 from train.facts import gather_facts
 from train.faults.guards import FrozenGuard, check_numbers
 from train.faults.interrupt import Interrupted, StopRequest
 from train.faults.progress import Phase, Progress
-from train.observe.metrics import Console, MetricsFile, step_record, time_record
-from train.observe.mfu import mfu_of
-from train.observe.pace import Lag, Stopwatch
+from train.observe.observer import Observer, Taken
+from train.observe.pace import Stopwatch
 from train.preflight import before_first_step
 from train.run.folder import RunFolder, write_atomically
 from train.run.identity import Identity
@@ -129,12 +127,8 @@ class Loop:
     def __init__(self, run: Run) -> None:
         self._run = run
         self.frozen = FrozenGuard(run.engine, run.world)
-        self._metrics = MetricsFile(run.folder.metrics, run.first) if run.world.is_main else None
-        self._console = Console(run.total_steps, run.first)
+        self._observer = Observer(run)
         self._stopwatch = Stopwatch(run.engine.model, run.world.device)
-        self._mfu = mfu_of(run.engine.model, run.config.stage.trains, run.world)
-        self._lag = Lag()
-        self._clipped = 0
         self._batches_of_steps = iter(run.steps)
 
     def advance(self, step: int) -> None:
@@ -165,30 +159,13 @@ class Loop:
         progress.enter(Phase.update)
         engine.step()
         self.frozen.observe(facts)
-
-        grad_norm = total_norm(norms)
-        is_clipped = 0 < config.stage.clip_norm < grad_norm
-        self._clipped += is_clipped
-        if self._metrics is not None:
-            is_logged = step % config.log.every == 0 or step == run.total_steps
-            times = time_record(time.perf_counter() - started, data_wait, facts, world.device, self._mfu)
-            record = step_record(
-                step, loss, lrs, grad_norm, norms if is_logged else None, facts, times, is_clipped=is_clipped
-            )
-            self._metrics.write(record)
-            self._console.count(times["seconds"])
-            if is_logged:
-                self._console.show(record)
-            warning = self._lag.observe(facts.own_seconds, times["seconds"])
-            if warning:
-                log.warning("step %d: %s", step, warning)
+        self._observer.observe(Taken(step, loss, lrs, norms, facts, time.perf_counter() - started, data_wait))
 
     def finish(self) -> None:
         """Call after the last step; raises what `FrozenGuard.finish` does."""
-        if self._metrics is not None:
-            self._metrics.close()
+        self._observer.close()
         self.frozen.finish()
-        log.info("gradients were clipped in %d step(s), no step was skipped", self._clipped)
+        log.info("gradients were clipped in %d step(s), no step was skipped", self._observer.clipped)
 
 
 def save(run: Run, frozen: FrozenGuard, step: int, position: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from anchorformer.errors import UserError, run_guarded
 from bench.table import Sheet, text
-from train.observe.metrics import read_lines
+from train.observe.journal import read_lines
 from train.run.folder import RunFolder
 
 COLUMNS = ("run", "steps", "step_s", "samples_s", "tokens_s", "mfu", "data_wait", "padding", "peak_gib")

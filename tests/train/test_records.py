@@ -18,7 +18,8 @@ from train import precision
 from train.config import CheckpointConfig, Device, LogConfig, Part, Precision
 from train.distributed import World, alone, choose_device
 from train.facts import StepFacts, gather_facts
-from train.observe.metrics import Console, MetricsFile, read_lines, step_record
+from train.observe.journal import Journal, read_lines
+from train.observe.metrics import Console, step_record
 from train.run.folder import RunFolder
 from train.run.identity import numbers_digest
 from train.trainer import seed_step
@@ -61,17 +62,17 @@ def line_of(step: int) -> dict[str, Any]:
 
 def test_metrics_are_cut_back_on_resume(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    file = MetricsFile(path, 0)
+    file = Journal(path, 0)
     for step in (1, 2, 3):
         file.write(line_of(step))
     file.close()
     path.write_text(path.read_text() + '{"step": 4, "lo')  # a kill in the middle of a line
     assert [json.loads(line)["step"] for line in read_lines(path)] == [1, 2, 3]
-    resumed = MetricsFile(path, 2)
+    resumed = Journal(path, 2)
     resumed.write(line_of(3) | {"loss": 9.0})
     resumed.close()
     assert [json.loads(line)["loss"] for line in read_lines(path)] == [1.5, 1.5, 9.0]
-    MetricsFile(path, 0).close()
+    Journal(path, 0).close()
     assert path.read_text() == ""
 
 

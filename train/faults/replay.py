@@ -11,7 +11,7 @@ from typing import Any
 
 from anchorformer.errors import UserError
 from train.faults.guards import TrainingHalted
-from train.observe.metrics import read_lines
+from train.observe.journal import read_lines
 from train.run.folder import RunFolder, write_atomically
 from train.trainer import Loop, Run
 

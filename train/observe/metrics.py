@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import resource
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +12,6 @@ import torch
 from train.config import Part
 from train.facts import StepFacts
 from train.observe.mfu import Mfu
-from train.run.folder import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -71,34 +68,6 @@ def peak_memory(device: torch.device) -> int:
         return int(torch.cuda.max_memory_allocated(device))
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kib if sys.platform == "darwin" else kib * 1024
-
-
-class MetricsFile:
-    """metrics.jsonl, appended to by rank 0 alone; on resume the lines after the checkpoint are taken back.
-
-    Args:
-        step: last step whose line stays; 0 starts the file anew.
-    """
-
-    def __init__(self, path: Path, step: int) -> None:
-        kept = [line for line in read_lines(path) if json.loads(line)["step"] <= step] if step else []
-        write_atomically(path, "".join(line + "\n" for line in kept))
-        self._file = path.open("a")
-
-    def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def read_lines(path: Path) -> list[str]:
-    """Complete lines of a metrics file; a last line that a kill cut short is left out."""
-    if not path.is_file():
-        return []
-    text = path.read_text()
-    return text[: text.rfind("\n") + 1].splitlines()
 
 
 class Console:

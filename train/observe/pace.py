@@ -17,8 +17,9 @@ class Stopwatch:
     """Measures a rank's forward passes, the largest piece of a step in which it does not wait for another rank.
 
     Whole steps tell nothing: in their collectives all ranks wait for the slowest and so take equally long. (Under
-    ZeRO-3 the forward pass has collectives too; there only a rank that is slow with its data stands out.) On CUDA the
-    time is taken between events in the stream and read a step later, so that nothing is waited for.
+    ZeRO-3 the forward pass has collectives too; there only a rank that is slow with its data stands out.) Passes in
+    eval mode belong to a validation, and to no step. On CUDA the time is taken between events in the stream and read a
+    step later, so that nothing is waited for.
 
     Args:
         model: as the engine calls it.
@@ -30,7 +31,9 @@ class Stopwatch:
         model.register_forward_pre_hook(self._mark)
         model.register_forward_hook(self._mark)
 
-    def _mark(self, *_: object) -> None:
+    def _mark(self, model: nn.Module, *_: object) -> None:
+        if not model.training:
+            return
         if self._is_cuda:
             event = torch.cuda.Event(enable_timing=True)
             event.record()

@@ -24,7 +24,7 @@ PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "hydra-core", "tok
 MAY_CHANGE = {
     "run": (), "log": (), "checkpoint": (), "watchdog": (), "repro": (), "resume": (), "output_root": (),
     "rehearse": (), "zero": (), "eval": (), "health": (), "tracker": (),
-    "data": ("num_workers", "cache_dir", "on_bad_image", "max_dropped_share", "token_budget"),
+    "data": ("num_workers", "cache_dir", "feature_cache", "on_bad_image", "max_dropped_share", "token_budget"),
     "model": ("published",),
     "hardware": ("threads", "max_restarts", "ranks", "nodes", "micro_batch", "card", "memory_gb",
                  "activation_checkpointing", "compile", "kernels"),

@@ -12,7 +12,7 @@ import yaml
 from anchorformer.errors import UserError
 from anchorformer.schema import to_plain
 from train.checkpoint import damage
-from train.config import LogConfig
+from train.config import NO_TRACKER, EvalConfig, HealthConfig, LogConfig
 from train.distributed import alone
 from train.faults.replay import Order, recorded_steps
 from train.run.folder import RunFolder, write_atomically
@@ -39,6 +39,7 @@ def main(arguments: list[str]) -> int:
     own = replace(
         config, run=f"{config.run}/replay/{replayed.path.name}", resume=str(checkpoint) if checkpoint else "never",
         log=LogConfig(every=1), hardware=replace(config.hardware, max_restarts=0),
+        eval=EvalConfig(), health=HealthConfig(), tracker=NO_TRACKER,
     )  # fmt: skip
     write_atomically(replayed.config, yaml.safe_dump(to_plain(own), sort_keys=False))
     print(f"replaying step {step} of {folder.path} from {checkpoint or 'its start'}, in {replayed.path}")

@@ -1,0 +1,45 @@
+"""Serves Trackio's dashboard on loopback over all runs below a folder, tracked or not: `dashboard [FOLDER...]`."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from anchorformer.errors import UserError
+from train.observe.trackers.trackio import TrackioConfig
+from train.verbs.sync import runs_in, show, tracker_of
+
+PERIOD = 10.0
+"""Seconds between two looks for new runs and new steps."""
+
+
+def main(arguments: list[str]) -> int:
+    """Brings every run into the database, serves it, and goes on doing both until it is interrupted.
+
+    Raises:
+        UserError: a folder without a run, or Trackio is not installed.
+    """
+    wrong = [word for word in arguments if "=" in word]
+    if wrong:
+        raise UserError(
+            "dashboard takes folders of runs only", found=" ".join(wrong), expected="[FOLDER...]",
+            remedy="e.g. python -m train dashboard checkpoints",
+        )  # fmt: skip
+    folders = [Path(word) for word in arguments] or [Path("checkpoints")]
+    tracker = TrackioConfig()
+    tracker.check()
+    is_served = False
+    try:
+        while True:
+            for run in [run for folder in folders for run in runs_in(folder)]:
+                own = tracker_of(run, {"tracker": "trackio"})
+                count = show(run, own)
+                if count:
+                    print(f"{os.path.relpath(run.path)}: {count} step(s) shown", flush=True)
+            if not is_served:
+                print(f"dashboard: {tracker.serve()} (Ctrl-C ends it)", flush=True)
+                is_served = True
+            time.sleep(PERIOD)
+    except KeyboardInterrupt:
+        return 0
