@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from anchorformer.errors import UserError
+from anchorformer.vision import VisionTower
 from data.record import ImageRef
 from evals import __main__ as command
 from evals.config import Device, EvalConfig, EvalDataConfig, Precision
@@ -200,3 +201,18 @@ def test_real_files_are_asked_as_they_are(
         assert n_scored == (0 if name.startswith("docvqa_test") else n), "the test split is published without answers"
     rows = (tmp_path / "out" / "docvqa_val-right-limit4.jsonl").read_text().splitlines()
     assert all(json.loads(row)["references"] for row in rows)
+
+
+def test_cached_features_give_the_same_answers(
+    tiny_folder: Path, tmp_path: Path, respondent: ModelRespondent, questions: list[Question],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    data = EvalDataConfig(root="r", feature_cache=str(tmp_path / "features"))
+    cached = load(tiny_folder, config(tiny_folder, data=data, batch_size=5), questions)
+    answers, losses = respondent.answers(questions, 6), respondent.answer_losses(questions)
+    monkeypatch.setattr(VisionTower, "forward", lambda *_: pytest.fail("the tower ran"))
+    assert cached.answers(questions, 6) == answers
+    for (ours, count), (theirs, counted) in zip(cached.answer_losses(questions), losses, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+        assert count == counted
+    assert (cached.facts["vision_features"], respondent.facts["vision_features"]) == ("cached", "live")
