@@ -33,10 +33,9 @@ def thin(xs: Sequence[float], ys: Sequence[float | None], *, by_largest: bool = 
         return list(xs), [_finite(y) for y in ys]
     thinned: Curve = ([], [])
     for start in range(0, len(xs), width):
-        values = [y for y in ys[start : start + width] if _finite(y) is not None]
+        values = [y for y in map(_finite, ys[start : start + width]) if y is not None]
         thinned[0].append(xs[min(start + width, len(xs)) - 1])
-        mean_or_largest = max if by_largest else lambda values: math.fsum(values) / len(values)
-        thinned[1].append(mean_or_largest(values) if values else None)
+        thinned[1].append(None if not values else max(values) if by_largest else math.fsum(values) / len(values))
     return thinned
 
 

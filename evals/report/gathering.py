@@ -95,7 +95,7 @@ def _trials(folder: Path, read: Callable[[Path], Stage]) -> Iterable[Entry]:
             raise unreadable(files[name], f"no {', '.join(sorted(missing))} in it")
     # In the order of the sweep's points; a trial may be a point of several grids.
     named = [point for point in read_json(folder / SWEEP).get("points", []) if point["trial"] in trials]
-    points: dict[str, dict[str, Any]] = {point["trial"]: {} for point in named} | {name: {} for name in trials}
+    points: dict[str, dict[str, Any]] = {name: {} for name in [*(point["trial"] for point in named), *trials]}
     grids: dict[str, list[str]] = {name: [] for name in points}
     for point in named:
         points[point["trial"]] |= point["point"]

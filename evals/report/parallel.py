@@ -56,7 +56,7 @@ class Scale:
     def __init__(self, values: Sequence[Any]) -> None:
         there = [value for value in values if value is not None]
         self.is_numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in there)
-        self.steps = sorted(set(there)) if self.is_numeric else list(dict.fromkeys(map(str, there)))
+        self.steps: list[Any] = sorted(set(there)) if self.is_numeric else list(dict.fromkeys(map(str, there)))
 
     def place(self, value: Any) -> float | None:
         if value is None:
