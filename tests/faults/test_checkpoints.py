@@ -19,6 +19,7 @@ import yaml
 from safetensors import SafetensorError
 
 import train.__main__ as entry
+from anchorformer import weights
 from anchorformer.errors import UserError
 from anchorformer.weights import write_manifest
 from tests.train.cases import ALIGN, FINETUNE
@@ -116,6 +117,31 @@ def test_a_full_disk_is_told_by_all_ranks(
     assert damage(run.state / "step-00000002", alone()) is None
     pair.run(run_until, folder=str(run.path))
     assert len(record(run)) == 6
+
+
+def full_at_export(world: World, folder: str) -> str:
+    """What this rank is told when rank 0 cannot write the trained model."""
+
+    def refused(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write_index = weights._write_index
+    weights._write_index = refused
+    try:
+        run_until(world, folder)
+    except UserError as error:
+        return str(error)
+    finally:
+        weights._write_index = write_index
+    return "nothing"
+
+
+def test_a_disk_that_is_full_for_the_model_is_told_by_all_ranks(pair: Ranks, make_run: MakeRun) -> None:  # noqa: F811
+    run = make_run("full", ALIGN, **{**PAIR, "stage__max_steps": 2}, zero__stage=2)
+    told = pair.run(full_at_export, folder=str(run.path))
+    assert told[0] == told[1], "no rank is left waiting for another"
+    assert f"{run.model} cannot be written" in told[0]
+    assert not run.done.exists()
 
 
 @contextmanager

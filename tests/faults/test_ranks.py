@@ -19,6 +19,7 @@ from tests.faults.planted import run_whole
 from tests.train.cases import FINETUNE
 from tests.train.ranks import Ranks
 from train.compose import ROOT
+from train.run import lock
 from train.run.folder import RunFolder
 
 pytestmark = pytest.mark.faults
@@ -121,12 +122,28 @@ def test_a_killed_agent_takes_its_ranks_with_it(make_run: MakeRun, launch: Launc
     started = launch(run)
     started.wait_for_step(5)
     started.process.kill()
+    with lock.held(run.path):
+        assert run.interrupted.exists(), "the next launch has waited until they had saved"
     deadline = time.monotonic() + 30
     while started.processes() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert started.processes() == []
-    assert run.interrupted.exists()
     assert steps_saved(run) == [len(record(run))]
+
+
+def test_told_to_stop_while_it_starts(make_run: MakeRun, launch: Launch) -> None:
+    """Before a rank notes signals it ends by them, as any process does; nothing is saved yet that could be lost."""
+    run = make_run("early", FINETUNE, **{**PAIR, "stage__max_steps": 400})
+    started = launch(run)
+    deadline = time.monotonic() + 120
+    while len(started.processes()) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    started.process.send_signal(signal.SIGTERM)
+    output = started.ends_with(128 + signal.SIGTERM)
+    assert "stopped by SIGTERM" in output
+    assert "Traceback" not in output
+    assert not run.interrupted.exists()
+    assert not run.state.exists()
 
 
 def watchdog(step_seconds: float) -> dict[str, float]:

@@ -10,6 +10,7 @@ import pytest
 
 from train import rank
 from train.faults.black_box import BlackBox
+from train.faults.guards import TrainingHalted
 from train.faults.progress import Progress
 from train.run import environment
 from train.run.folder import RunFolder
@@ -70,6 +71,15 @@ def test_what_is_shown_of_a_variable(name: str, value: str, shown: str) -> None:
 )
 def test_what_is_shown_of_an_argument(word: str, shown: str) -> None:
     assert environment.mask_argument(word) == shown
+
+
+def test_a_mistake_holds_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever prints it, and whatever keeps it: the terminal, HALTED.json."""
+    monkeypatch.setenv("SOME_TOKEN", "hunter2-hunter2")
+    with pytest.raises(TrainingHalted) as caught, environment.discreet():
+        raise TrainingHalted("no hunter2-hunter2", found="hunter2-hunter2", expected="a", remedy="b hunter2-hunter2")
+    assert str(caught.value) == "no ***\n  found:    ***\n  expected: a\n  remedy:   b ***"
+    assert caught.value.exit_code == TrainingHalted.exit_code
 
 
 def test_a_crash_of_another_rank_prints_no_secret(
