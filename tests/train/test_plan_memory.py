@@ -8,10 +8,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from anchorformer.connectors.anchor_former import AnchorFormerConnectorConfig
+from anchorformer.connectors.c_abstractor import CAbstractorConfig
+from anchorformer.connectors.identity import IdentityConfig
 from anchorformer.connectors.mlp import MlpConfig
+from anchorformer.connectors.qformer import QFormerConfig
 from anchorformer.connectors.resampler import ResamplerConfig
+from anchorformer.connectors.resampler_flamingo import FlamingoResamplerConfig
+from anchorformer.connectors.resampler_honeybee import HoneybeeResamplerConfig
+from anchorformer.connectors.resampler_mqt import MqtResamplerConfig
 from anchorformer.contracts import Anchors, VisionFeatures
 from anchorformer.kernels import attention
 from anchorformer.kernels.backend import Backend
@@ -19,7 +26,7 @@ from anchorformer.kernels.vision_attention import VISION_ATTENTION
 from anchorformer.lean import make_lean
 from anchorformer.schema import plugin_to_plain
 from train.config import Part
-from train.plan.memory import Layout, MicroBatch, connector, rank_memory, text_layer, vision_layer
+from train.plan.memory import Layout, MicroBatch, rank_memory, text_layer, vision_layer
 from train.plan.shapes import Shapes, shapes_of
 
 CLIP_L = {
@@ -30,6 +37,7 @@ VICUNA_7B = {"model_type": "llama"}
 ANCHOR = {"_target_": "anchorformer.selectors.anchor.AnchorSelectorConfig", "layer": -2, "num_anchors": 145}
 ALL = {"_target_": "anchorformer.selectors.all.AllSelectorConfig", "layer": -2}
 ANCHOR_FORMER = AnchorFormerConnectorConfig()
+ATTENTION_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 BF16 = 2
 WITHIN = 0.1
 """What issue and plan promise. Most of these are exact but for the norms' statistics."""
@@ -134,21 +142,34 @@ def test_a_trained_block_of_clip_l(fused: None) -> None:
 @pytest.mark.parametrize(
     ("selector", "config"),
     [
-        (ANCHOR, ANCHOR_FORMER), (ANCHOR, AnchorFormerConnectorConfig(fold_kv=True)), (ANCHOR, ResamplerConfig()),
-        (ALL, MlpConfig()),
+        (ANCHOR, ANCHOR_FORMER), (ANCHOR, AnchorFormerConnectorConfig(fold_kv=True)),
+        (ANCHOR, AnchorFormerConnectorConfig(width=512)), (ANCHOR, ResamplerConfig()),
+        (ANCHOR, FlamingoResamplerConfig()), (ANCHOR, HoneybeeResamplerConfig()), (ANCHOR, MqtResamplerConfig()),
+        (ANCHOR, CAbstractorConfig()), (ANCHOR, CAbstractorConfig(positions=576)), (ANCHOR, QFormerConfig()),
+        (ALL, MlpConfig()), (ALL, IdentityConfig()),
     ],
-    ids=["anchor_former", "folded", "resampler", "mlp"],
+    ids=[
+        "anchor_former", "folded", "narrow", "resampler", "flamingo", "honeybee", "mqt", "c_abstractor",
+        "c_abstractor_honeybee", "qformer", "mlp", "identity",
+    ],
 )  # fmt: skip
 def test_a_connector_of_true_size(fused: None, selector: Any, config: Any) -> None:
     size = shapes(selector, config)
-    module = on_cpu(lambda: config.build(1024, 4096), True)
-    media = torch.ones(1, 577, 1024, dtype=torch.bfloat16)
-    queries = media[:, 1:] if selector is ALL else media[:, :145].clone()
-    features = VisionFeatures(tokens_BNV=media, cls_scores_BHN=None, has_cls=True)
-    kept = kept_bytes(module, lambda: module(Anchors(tokens_BTV=queries, indices_BT=None), features))
-    counted = connector(size.connector, size.vision, size.text.width, BF16)
-    assert counted == pytest.approx(kept, rel=WITHIN)
+    module = on_cpu(lambda: config.build(1024, 4096), True).eval()  # what dropout keeps is left out
+
+    def forward(images: int) -> Tensor:
+        media = torch.ones(images, 577, 1024, dtype=torch.bfloat16)
+        queries = media[:, 1:] if selector is ALL else media[:, :145].clone()
+        return module(Anchors(queries, None), VisionFeatures(media, None, True))
+
+    kept = kept_bytes(module, lambda: forward(2)) - kept_bytes(module, lambda: forward(1))  # the rest is kept once
+    assert size.connector.kept(BF16) == pytest.approx(kept, rel=WITHIN)
     assert size.parameters[Part.connector] == sum(value.numel() for value in module.parameters())
+    # The kernel that attention has on CPU is one that torch does not count by itself.
+    on_cpu_too = {ATTENTION_ON_CPU: lambda query, key, value, **_: sdpa_flop_count(query, key, value)}
+    with FlopCounterMode(display=False, custom_mapping=on_cpu_too) as counter:
+        forward(1)
+    assert size.connector.flops == pytest.approx(counter.get_total_flops(), rel=0.005)
 
 
 PUBLISHED = [

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from train.config import Part
-from train.plan.shapes import ConnectorShape, Shapes, TextShape, VisionShape
+from train.plan.shapes import Shapes, TextShape, VisionShape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ def forward_flops(shapes: Shapes, work: Work) -> dict[Part, float]:
     vision, text = shapes.vision, shapes.text
     return {
         Part.vision_tower: work.images * _image(vision),
-        Part.connector: work.images * _connector(shapes.connector, vision, text.width),
+        Part.connector: work.images * shapes.connector.flops,
         Part.language_model: text.layers * (2 * text.matrices * work.positions + 2 * text.query * work.squares)
         + _head(text, work.supervised),
     }
@@ -69,13 +69,6 @@ def _image(vision: VisionShape) -> float:
     tokens, width = vision.attended, vision.width
     block = 2 * tokens * (4 * width**2 + 2 * width * vision.inner) + 4 * tokens**2 * width
     return vision.layers * block + 2 * vision.patches * 3 * vision.patch**2 * width
-
-
-def _connector(shape: ConnectorShape, vision: VisionShape, text_width: int) -> float:
-    width, media, queries = vision.width, vision.tokens, shape.queries
-    layer = 2 * media * width * 2 * shape.inner + 4 * queries * media * shape.inner
-    layer += 2 * queries * (2 * width * shape.inner + 2 * shape.ff_mult * width**2)
-    return shape.depth * layer + 2 * queries * (width * text_width + text_width**2)
 
 
 def _head(text: TextShape, supervised: float) -> float:

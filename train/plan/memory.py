@@ -6,11 +6,11 @@ from collections.abc import Collection
 from dataclasses import dataclass, fields
 
 from train.config import Part
-from train.plan.shapes import ConnectorShape, Shapes, TextShape, VisionShape
+from train.plan.connectors import FP32
+from train.plan.shapes import Shapes, TextShape, VisionShape
 
 MASTER_AND_MOMENTS = 12
 """Bytes per trained value: fp32 weight and AdamW's two moments."""
-FP32 = 4
 ZERO3_REUSE = 1_000_000_000
 """DeepSpeed's stage3_max_reuse_distance: parameters that the pass needs again within so many are not given back."""
 ZERO3_PREFETCH = 50_000_000
@@ -133,7 +133,7 @@ def _activations(
     kept = (text.layers * entrance + layer if layout.checkpointing else text.layers * layer) + exit_
     kept += size * text.width * batch.supervised
     if Part.connector in trains or Part.vision_tower in trains:
-        kept += connector(shapes.connector, vision, text.width, size) * batch.images
+        kept += shapes.connector.kept(size) * batch.images
     if Part.vision_tower in trains:
         kept += vision.layers * vision_layer(vision, size) * vision.attended * batch.images
     at_work = size * (4 * text.inner + 2 * text.width) * batch.positions
@@ -182,18 +182,3 @@ def vision_layer(vision: VisionShape, size: int) -> float:
     hidden = 3 if vision.activation == "quick_gelu" else 2
     width = 8 + 2 * vision.scales_layers
     return size * (width * vision.width + hidden * vision.inner) + FP32 * (vision.heads + 4)
-
-
-def connector(shape: ConnectorShape, vision: VisionShape, text_width: int, size: int) -> float:
-    """Bytes per image of a trained connector.
-
-    The visual tokens are kept once. Each layer keeps their keys and values, and of the queries both residuals, the
-    projected ones, the attention's output and the feed-forward before GELU; norms are taken again in backward. The
-    projector keeps its input, before and after the last norm, and its inner values before and after GELU.
-    """
-    media, queries, width = vision.tokens, shape.queries, vision.width
-    of_media = 2 * media * shape.inner
-    of_queries = queries * ((2 + shape.ff_mult) * width + 2 * shape.inner)
-    exit_ = 2 * queries * (width * (shape.depth > 0) + text_width)
-    statistics = shape.depth * FP32 * (2 * media + 4 * queries + shape.heads * queries)
-    return size * (media * width + shape.depth * (of_media + of_queries) + exit_) + statistics

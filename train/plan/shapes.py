@@ -11,6 +11,8 @@ from typing import Any
 from anchorformer.errors import UserError
 from anchorformer.schema import TARGET
 from train.config import Part, RunConfig
+from train.plan.connectors import ConnectorShape, Surroundings, connector_shape
+from train.plan.spec import field_of, row_of
 
 _VIT = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224}
 VISION_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -93,26 +95,6 @@ class TextShape:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConnectorShape:
-    """Cross-attention layers and a two-layer projector.
-
-    Attributes:
-        queries: embeddings per image.
-        depth: cross-attention layers; 0 is the projector alone.
-        inner: width of all heads of a layer together.
-        ff_mult: inner width of a layer's feed-forward, as a multiple of the vision width.
-        learns_queries: whether the queries are parameters.
-    """
-
-    queries: int
-    depth: int = 0
-    inner: int = 0
-    ff_mult: int = 0
-    heads: int = 0
-    learns_queries: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
 class Shapes:
     """All sizes of a model."""
 
@@ -125,7 +107,7 @@ class Shapes:
         """Per part."""
         return {
             Part.vision_tower: self.vision.parameters,
-            Part.connector: _connector_parameters(self.connector, self.vision.width, self.text.width),
+            Part.connector: self.connector.parameters,
             Part.language_model: self.text.parameters,
         }
 
@@ -141,11 +123,14 @@ def shapes_of(
     Raises:
         UserError: a family, selector or connector whose cost is not written down here.
     """
-    tower = _vision(vision.get("vision_config") or vision, _field(selector, "selector", "layer"))
-    anchors = _row(selector, "selector", _SELECTORS)(selector, tower)
-    return Shapes(
-        vision=tower, connector=_row(connector, "connector", _CONNECTORS)(connector, anchors), text=_text(text)
-    )
+    layer, is_whole = field_of(selector, "selector", "layer"), selector.get(TARGET) in _WHOLE_TOWER
+    tower = _vision(vision.get("vision_config") or vision, layer, is_whole)
+    language_model = _text(text)
+    around = Surroundings(
+        anchors=_anchors(selector, tower), tokens=tower.tokens, patches=tower.patches,
+        vision=tower.width, text=language_model.width,
+    )  # fmt: skip
+    return Shapes(vision=tower, connector=connector_shape(connector, around), text=language_model)
 
 
 def read_shapes(config: RunConfig) -> Shapes:
@@ -209,7 +194,7 @@ def _config_file(name: str) -> Path | None:
     return Path(cached) if isinstance(cached, str) else None
 
 
-def _vision(config: Mapping[str, Any], layer: int) -> VisionShape:
+def _vision(config: Mapping[str, Any], layer: int, is_whole: bool) -> VisionShape:
     family, get = _family(config, VISION_DEFAULTS, "vision tower")
     width, patch, is_dino = get("hidden_size"), get("patch_size"), family.startswith("dinov2")
     inner = int(width * get("mlp_ratio")) if is_dino else get("intermediate_size")
@@ -218,6 +203,7 @@ def _vision(config: Mapping[str, Any], layer: int) -> VisionShape:
             "the plan knows no gated feed-forward in a vision tower", found="use_swiglu_ffn", expected="a plain one",
             remedy="choose another vision tower, or run unplanned: hardware.card=null",
         )  # fmt: skip
+    layer = -1 if is_whole else layer
     layers = layer if layer >= 0 else get("num_hidden_layers") + 1 + layer
     has_cls = family != "siglip_vision_model"
     prefix = has_cls + (get("num_register_tokens") if family == "dinov2_with_registers" else 0)
@@ -227,11 +213,18 @@ def _vision(config: Mapping[str, Any], layer: int) -> VisionShape:
     positions = patches + has_cls
     around = 3 * patch**2 * width + (prefix + positions) * width
     around += 2 * width if family == "clip_vision_model" else width  # its norm before the blocks, or a patch bias
+    around += 2 * width * is_whole  # the norm behind the last block
     return VisionShape(
         width=width, inner=inner, layers=layers, heads=get("num_attention_heads"), patch=patch,
         image_size=get("image_size"), prefix=prefix, has_cls=has_cls, activation=get("hidden_act"),
         scales_layers=is_dino, parameters=around + layers * block,
     )  # fmt: skip
+
+
+def _anchors(selector: Mapping[str, Any], tower: VisionShape) -> int:
+    if "num_anchors" in selector:  # T, by that name in every selector that has a choice
+        return int(selector["num_anchors"])
+    return row_of(selector, "selector", _SELECTORS)(selector, tower)
 
 
 def _text(config: Mapping[str, Any]) -> TextShape:
@@ -265,51 +258,12 @@ def _family(
     return family, lambda name: defaults[family][name] if config.get(name) is None else config[name]
 
 
-def _connector_parameters(shape: ConnectorShape, vision_width: int, text_width: int) -> int:
-    width = vision_width
-    layer = 6 * width + 4 * width * shape.inner + 2 * shape.ff_mult * width**2
-    stack = shape.depth * layer + 2 * width if shape.depth else 0
-    learned = shape.queries * width if shape.learns_queries else 0
-    return stack + learned + (width + 1 + text_width + 1) * text_width
-
-
-def _cross(spec: Mapping[str, Any], queries: int, *, learns_queries: bool = False) -> ConnectorShape:
-    heads, head_dim, depth, mult = (
-        _field(spec, "connector", name) for name in ("num_heads", "head_dim", "depth", "ff_mult")
-    )
-    return ConnectorShape(
-        queries=queries, depth=depth, inner=heads * head_dim, ff_mult=mult, heads=heads, learns_queries=learns_queries
-    )
-
-
-def _row(spec: Mapping[str, Any], what: str, rows: Mapping[str, Any]) -> Any:
-    target = str(spec.get(TARGET))
-    if target not in rows:
-        raise UserError(
-            f"the plan does not know what this {what} costs", found=target, expected=f"one of {sorted(rows)}",
-            remedy="add its row to train/plan/shapes.py, or run unplanned: hardware.card=null",
-        )  # fmt: skip
-    return rows[target]
-
-
-def _field(spec: Mapping[str, Any], what: str, name: str) -> Any:
-    if name not in spec:
-        raise UserError(
-            f"model.{what}.{name} is not written out", found=f"{spec}", expected="every field of the plug-in",
-            remedy=f"choose it by its YAML, {what}=...",
-        )  # fmt: skip
-    return spec[name]
-
-
-# Rows are found by class path, so that nothing has to be imported that would load torch.
+_WHOLE_TOWER = ("anchorformer.selectors.cls_similarity.ClsSimilaritySelectorConfig",)
+"""Selectors for which every block runs."""
 _SELECTORS: dict[str, Callable[[Mapping[str, Any], VisionShape], int]] = {
-    "anchorformer.selectors.anchor.AnchorSelectorConfig": lambda spec, _: _field(spec, "selector", "num_anchors"),
     "anchorformer.selectors.all.AllSelectorConfig": lambda _, tower: tower.patches,
-}
-_CONNECTORS: dict[str, Callable[[Mapping[str, Any], int], ConnectorShape]] = {
-    "anchorformer.connectors.anchor_former.AnchorFormerConnectorConfig": _cross,
-    "anchorformer.connectors.mlp.MlpConfig": lambda _, anchors: ConnectorShape(queries=anchors),
-    "anchorformer.connectors.resampler.ResamplerConfig": lambda spec, _: _cross(
-        spec, _field(spec, "connector", "num_queries"), learns_queries=True
+    "anchorformer.selectors.mean_pool.MeanPoolSelectorConfig": lambda spec, tower: (
+        tower.has_cls + tower.patches // field_of(spec, "selector", "window") ** 2
     ),
 }
+"""Anchors of those that have no `num_anchors`."""
