@@ -34,7 +34,7 @@ def compose_config(overrides: Sequence[str]) -> AgreementConfig:
     composed = COMMAND_LINE.compose(COMMAND_LINE.read(overrides))
     config = parse(AgreementConfig, composed, COMMAND_LINE.command, COMMAND_LINE.remedy)
     for name in config.selectors:
-        check_option("selector", name, choosing(), "name files of conf/selector that have num_anchors")
+        check_option("selector", name, list(choosing()), "name files of conf/selector that have num_anchors")
     return config
 
 

@@ -17,7 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from anchorformer.contracts import VisionNeeds
 from anchorformer.errors import UserError
 from anchorformer.modeling import AnchorFormerForConditionalGeneration
+from anchorformer.schema import parse_plugin
+from anchorformer.selectors.base import PACKAGE, SelectorConfig
 from anchorformer.vision import VisionTower
+from data.overrides import CONF
 from tests.train.cases import ALIGN, EVERYTHING, FINETUNE, batches_for, load_frozen, run_config
 from train.compose import compose
 from train.config import Part
@@ -46,6 +49,19 @@ def test_towers_have_as_many_parameters_as_counted(family: str) -> None:
     assert shape.parameters == sum(value.numel() for value in tower.parameters())
     assert (shape.tokens, shape.has_cls, shape.layers) == (tower.num_tokens, tower.has_cls, 2)
     assert shape.attended == shape.tokens + tower.num_registers
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "selector").glob("*.yaml")))
+def test_selectors_need_as_many_blocks_and_give_as_many_anchors_as_counted(name: str) -> None:
+    selector = compose(["stage=align", f"selector={name}", "run=r", "data.root=/d", "init_from=/m"]).model.selector
+    config = parse_plugin(SelectorConfig, selector, PACKAGE, name)
+    vision = {"model_type": "clip_vision_model", **SMALL, "image_size": 336, "intermediate_size": 80}
+    with torch.device("meta"):
+        tower = VisionTower.from_config(AutoConfig.for_model(**vision), config.needs)
+    size = shapes_of(vision, LLAMA, selector, MLP)
+    assert size.connector.queries == config.count(tower.num_tokens, tower.num_heads, tower.has_cls)
+    assert size.vision.layers == tower.num_layers
+    assert size.vision.parameters == sum(value.numel() for value in tower.parameters())
 
 
 @pytest.mark.parametrize(
