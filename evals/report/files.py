@@ -12,24 +12,30 @@ import yaml
 from anchorformer.errors import UserError
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, needs: Collection[str] = ()) -> dict[str, Any]:
     """One JSON object.
+
+    Args:
+        needs: keys that it has to have.
 
     Raises:
         UserError: the file is not there, or holds something else.
     """
     try:
-        return dict(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        return _checked(json.loads(path.read_text("utf-8")), needs)
+    except (OSError, ValueError) as error:
         raise unreadable(path, str(error)) from None
 
 
-def read_lines(path: Path, without: Collection[str] = ()) -> tuple[list[dict[str, Any]], bool]:
+def read_lines(
+    path: Path, needs: Collection[str] = (), without: Collection[str] = ()
+) -> tuple[list[dict[str, Any]], bool]:
     """The objects of a JSON lines file, and whether its last line was left out because it is not complete.
 
     A kill can cut the last line short, and a run that still goes may be writing it.
 
     Args:
+        needs: keys that each object has to have.
         without: keys that are dropped at once, so that long runs fit into memory.
 
     Raises:
@@ -40,9 +46,10 @@ def read_lines(path: Path, without: Collection[str] = ()) -> tuple[list[dict[str
     rows = []
     for number, line in enumerate(text[:end].splitlines(), start=1):
         try:
-            rows.append({key: value for key, value in json.loads(line).items() if key not in without})
-        except (ValueError, AttributeError) as error:
+            content = _checked(json.loads(line), needs)
+        except ValueError as error:
             raise unreadable(path, f"line {number}: {error}") from None
+        rows.append({key: value for key, value in content.items() if key not in without})
     return rows, bool(text[end:].strip())
 
 
@@ -76,6 +83,14 @@ def replace(path: Path, text: str) -> None:
     beside = path.with_name(path.name + ".tmp")
     beside.write_text(text, "utf-8", newline="")
     beside.replace(path)
+
+
+def _checked(content: Any, needs: Collection[str]) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise ValueError("no JSON object")
+    if missing := [key for key in needs if key not in content]:
+        raise ValueError(f"no {', '.join(missing)} in it")
+    return content
 
 
 def unreadable(path: Path, problem: str) -> UserError:

@@ -14,6 +14,8 @@ from evals.report.reading import Stage, is_run, read_stage
 
 STAGE_ORDER = ("align", "finetune")
 SWEEP = "sweep.json"
+POINT = {"grid", "point", "trial"}
+"""What sweep.json says of a point."""
 STANDING = {"running": "running or killed"}
 """What a trial that says so may be: a kill leaves no word."""
 LOG_LINES = 8
@@ -89,12 +91,12 @@ def _trials(folder: Path, read: Callable[[Path], Stage]) -> Iterable[Entry]:
             f"no trial of the sweep {folder} has begun", found="no trials/*/trial.json", expected="at least one",
             remedy="report on it once it runs",
         )  # fmt: skip
-    trials = {name: read_json(path) for name, path in files.items()}
-    for name, trial in trials.items():
-        if missing := {"point", "state"} - trial.keys():
-            raise unreadable(files[name], f"no {', '.join(sorted(missing))} in it")
+    trials = {name: read_json(path, ("point", "state")) for name, path in files.items()}
     # In the order of the sweep's points; a trial may be a point of several grids.
-    named = [point for point in read_json(folder / SWEEP).get("points", []) if point["trial"] in trials]
+    listed = read_json(folder / SWEEP, ("points",))["points"]
+    if not all(isinstance(point, dict) and point.keys() >= POINT for point in listed):
+        raise unreadable(folder / SWEEP, f"a point without {', '.join(sorted(POINT))}")
+    named = [point for point in listed if point["trial"] in trials]
     points: dict[str, dict[str, Any]] = {name: {} for name in [*(point["trial"] for point in named), *trials]}
     grids: dict[str, list[str]] = {name: [] for name in points}
     for point in named:

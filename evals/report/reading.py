@@ -19,6 +19,10 @@ ENDINGS = {
 }
 """The file that says how a run stands, and what it says; the first that is there counts."""
 
+STEP = ("step", "loss", "tokens", "samples", "time")
+RESULT = ("task", "condition", "metric", "n_scored", "score", "time", "machine")
+"""What lines of a record, and results of an evaluation, have to have."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
@@ -60,7 +64,7 @@ def read_stage(folder: Path) -> Stage:
         UserError: a file is there and cannot be read.
     """
     notes: list[str] = []
-    steps = _lines(folder / "metrics.jsonl", notes)
+    steps = _lines(folder / "metrics.jsonl", STEP, notes)
     if not steps:
         notes.append("no step has been taken yet")
     return Stage(
@@ -69,18 +73,18 @@ def read_stage(folder: Path) -> Stage:
         config=read_flat(folder / "config.yaml"),
         environment=read_flat(folder / "environment.json"),
         steps=steps,
-        health=_lines(folder / "health.jsonl", notes),
-        validation=_lines(folder / "evals.jsonl", notes),
+        health=_lines(folder / "health.jsonl", ("step",), notes),
+        validation=_lines(folder / "evals.jsonl", ("step",), notes),
         results=_results(folder / "evals"),
         state=next((state for name, state in ENDINGS.items() if (folder / name).exists()), "not ended"),
         notes=tuple(notes),
     )
 
 
-def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+def _lines(path: Path, needs: Sequence[str], notes: list[str]) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
-    rows, is_cut = read_lines(path, without={"sample_ids"})
+    rows, is_cut = read_lines(path, needs, without=("sample_ids",))
     if is_cut:
         notes.append(f"the last line of {path.name} is not complete and was left out")
     return rows
@@ -89,7 +93,7 @@ def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
 def _results(folder: Path) -> dict[str, dict[Condition, dict[str, Any]]]:
     by_task: dict[str, dict[Condition, dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.json"), key=lambda path: path.stem):
-        result = read_json(path)
+        result = read_json(path, RESULT)
         limit = result.get("limit")
         task = result["task"] if limit is None else f"{result['task']} (limit {limit})"
         by_task.setdefault(task, {})[Condition(result["condition"])] = result

@@ -157,6 +157,31 @@ def test_a_damaged_metrics_file_is_named(run: Path, content: str) -> None:
         report(run)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("finetune/evals/doc-right.json", '{"task": "doc"}'),
+        ("finetune/evals/doc-right.json", "[]"),
+        ("align/config.yaml", "a: [1"),
+        ("align/config.yaml", "- a"),
+        ("align/environment.json", "{"),
+        ("align/health.jsonl", '{"coverage": 1}\n'),
+    ],
+)
+def test_a_damaged_file_is_named(run: Path, name: str, content: str) -> None:
+    (run / name).write_text(content)
+    with pytest.raises(UserError, match=rf"{Path(name).name} cannot be read"):
+        report(run)
+
+
+@pytest.mark.parametrize("name", ["sweep.json", "trials/t00/trial.json"])
+def test_a_damaged_sweep_is_named(tmp_path: Path, name: str) -> None:
+    sweep = write_sweep(tmp_path / "ablation", with_media=False)
+    (sweep / name).write_text('{"points": [{"trial": "t00"}]}')
+    with pytest.raises(UserError, match=rf"{Path(name).name} cannot be read"):
+        report(sweep)
+
+
 def test_a_run_that_goes_on_says_so(run: Path) -> None:
     write_stage(run / "third", [3.0, 2.0], state="LOCK")
     write_stage(run / "fourth", [], state="")
