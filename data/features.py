@@ -257,7 +257,7 @@ def _name(dtype: torch.dtype) -> str:
 def _checksum(entry: Mapping[str, Tensor]) -> str:
     checksum = 0
     for name in sorted(entry):
-        checksum = zlib.crc32(entry[name].reshape(-1).view(torch.uint8).numpy(), checksum)
+        checksum = zlib.crc32(entry[name].reshape(-1).view(torch.uint8).numpy().data, checksum)
     return f"{checksum:08x}"
 
 
