@@ -20,9 +20,11 @@ from anchorformer.configuration import AnchorFormerConfig
 from anchorformer.errors import UserError, run_guarded
 from anchorformer.hub import check_complete, load
 from anchorformer.images import ImageTransform
-from anchorformer.modeling import parse_parts
+from anchorformer.modeling import parse_parts, parse_tiling
 from anchorformer.processing import AnchorFormerProcessor
-from anchorformer.schema import Schema, parse, plugin_to_plain
+from anchorformer.schema import Schema, parse, plugin_to_plain, to_plain
+from anchorformer.tiling import UNTILED, Tiling
+from anchorformer.views import embeddings_per_view
 from anchorformer.vision import VisionTower
 from anchorformer.weights import part_state, write_parts
 
@@ -31,7 +33,7 @@ log = logging.getLogger(__name__)
 
 def assemble(
     vision: str, language_model: str, selector: Mapping[str, Any], connector: Mapping[str, Any], out: Path,
-    *, template: str, seed: int = 0,
+    *, template: str, tiling: Mapping[str, Any] | None = None, seed: int = 0,
 ) -> Path:  # fmt: skip
     """Writes a model folder; the backbones keep the precision they were published in, the connector starts in fp32.
 
@@ -41,6 +43,7 @@ def assemble(
         selector, connector: plug-in mappings.
         out: folder to be written; appears under its name only when complete.
         template: conversation template of the processor; a run may choose another for its stage.
+        tiling: fields of `anchorformer.tiling.Tiling`; none for one tile per image.
         seed: of the fresh connector's weights.
 
     Raises:
@@ -48,15 +51,17 @@ def assemble(
     """
     # Everything that can be refused is refused here, from configurations and tokenizer files alone.
     selector_config, connector_config = parse_parts(selector, connector)
+    tiling_config = parse_tiling(tiling or {})
     vision_config, text_config = _vision_config(vision), _text_config(language_model)
     mean, std = image_statistics(vision)
     with torch.device("meta"):
         shape = VisionTower.from_config(vision_config, selector_config.needs)
-    num_anchors = selector_config.count(shape.num_tokens, shape.num_heads, shape.has_cls)
     processor = AnchorFormerProcessor(
-        ImageTransform.for_statistics(shape.image_size, mean),
+        ImageTransform.for_statistics(shape.image_size, mean, tiling_config),
         load("tokenizer", language_model, AutoTokenizer.from_pretrained),
-        num_image_tokens=connector_config.count(shape.num_tokens, num_anchors, shape.has_cls),
+        num_image_tokens=embeddings_per_view(
+            tiling_config, selector_config, connector_config, shape.num_tokens, shape.num_heads, shape.has_cls
+        ),
         template=template,
     )
 
@@ -78,6 +83,7 @@ def assemble(
         vision_config=vision_config, text_config=llm.config,
         selector=plugin_to_plain(selector_config), connector=plugin_to_plain(connector_config),
         image_token_id=processor.image_token_id, image_mean=mean, image_std=std,
+        tiling=to_plain(tiling_config) if tiling_config.grids else {},
         architectures=["AnchorFormerForConditionalGeneration"],
     )  # fmt: skip
     model = torch.nn.ModuleDict({"vision_tower": tower, "connector": fresh, "language_model": llm})
@@ -106,7 +112,9 @@ def write_folder(
     if out.exists():
         shutil.rmtree(out)
     partial.rename(out)
-    log.info("model folder %s: %d embeddings per image", out, processor.num_image_tokens)
+    tiling = processor.image_transform.tiling
+    unit = "tile" if tiling.grids and not tiling.spans_tiles else "image"
+    log.info("model folder %s: %d embeddings per %s", out, processor.num_image_tokens, unit)
     return out
 
 
@@ -157,6 +165,7 @@ class Recipe(Schema):
     language_model: str
     selector: dict[str, Any]
     connector: dict[str, Any]
+    tiling: Tiling = UNTILED
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -177,7 +186,7 @@ def read_recipe(path: Path) -> Recipe:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m anchorformer.assemble", description=__doc__)
-    parser.add_argument("model", type=Path, help="YAML with vision, language_model, selector, connector")
+    parser.add_argument("model", type=Path, help="YAML with vision, language_model, selector, connector[, tiling]")
     parser.add_argument("out", type=Path, help="folder to be written")
     parser.add_argument("--template", default="v1", help="conversation template of the processor (default: v1)")
     parser.add_argument("--seed", type=int, default=0, help="of the fresh connector (default: 0)")
@@ -186,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     recipe = read_recipe(options.model)
     assemble(
         recipe.vision, recipe.language_model, recipe.selector, recipe.connector, options.out,
-        template=options.template, seed=options.seed,
+        template=options.template, tiling=to_plain(recipe.tiling), seed=options.seed,
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ class AnchorFormerConfig(PreTrainedConfig):
         text_config: the language model's own configuration.
         selector: plug-in mapping of `anchorformer.selectors` (`_target_` and its fields).
         connector: plug-in mapping of `anchorformer.connectors`.
+        tiling: fields of `anchorformer.tiling.Tiling`; empty where an image is one tile.
         image_token_id: the placeholder that stands once per embedding of an image.
         image_mean, image_std: per channel in 0..1; what uint8 pixels are normalised with on the device.
     """
@@ -34,6 +35,7 @@ class AnchorFormerConfig(PreTrainedConfig):
         image_token_id: int | None = None,
         image_mean: tuple[float, float, float] = CLIP_MEAN,
         image_std: tuple[float, float, float] = CLIP_STD,
+        tiling: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         # transformers builds an empty configuration to find out which values differ from the defaults, so every
@@ -45,6 +47,7 @@ class AnchorFormerConfig(PreTrainedConfig):
         self.image_token_id = image_token_id
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
+        self.tiling = dict(tiling or {})
         kwargs.setdefault("tie_word_embeddings", bool(getattr(self.text_config, "tie_word_embeddings", False)))
         super().__init__(**kwargs)
 

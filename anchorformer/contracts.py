@@ -6,7 +6,9 @@ counted), S packed text positions, Q supervised positions, H heads, K head width
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,6 +63,9 @@ class VisionFeatures:
             queries, itself and registers counted.
         final_BNV: the same N tokens behind the last block and the tower's last norm.
         image_key_B: int64, 0 to 2**32 - 1, a function of the image alone: the same in every batch, precision and place.
+        sizes: where images of different numbers of tiles are views of different numbers of tokens, those numbers, on
+            the host; what lies behind them is padding. None: all N are real.
+        mask_BN: bool, whether a token is real; None with `sizes`.
     """
 
     tokens_BNV: Tensor
@@ -70,6 +75,14 @@ class VisionFeatures:
     received_BN: Tensor | None = None
     final_BNV: Tensor | None = None
     image_key_B: Tensor | None = None
+    sizes: tuple[int, ...] | None = None
+    mask_BN: Tensor | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> VisionFeatures:
+        """The same features with each tensor changed, such as moved to another device."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        changed: dict[str, Any] = {name: change(tensor) for name, tensor in tensors.items()}
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True)  # no slots: DeepSpeed ZeRO-3 reads what modules return through vars()
@@ -94,12 +107,14 @@ class Example:
         input_ids_S: int64; an image stands as T times the image token id.
         labels_S: int64; the id itself where supervised, IGNORE_INDEX elsewhere. Not shifted.
         tiles_B3HW: uint8, (0, 3, H, W) for a text-only record.
+        tile_counts: tiles of each image; None where every image is one tile.
     """
 
     sample_id: str
     input_ids_S: Tensor
     labels_S: Tensor
     tiles_B3HW: Tensor
+    tile_counts: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +126,14 @@ class Batch:
         position_ids_S: int64, restarting at 0 with each sample.
         cu_seqlens: int32 (samples + 1,), borders of the samples in S.
         max_seqlen: longest sample, in positions.
-        tiles_B3HW: uint8, all images in order of their placeholders; (0, 3, H, W) where no sample has one.
+        tiles_B3HW: uint8, all images in order of their placeholders, tile after tile; (0, 3, H, W) where no sample has
+            one.
+        tile_counts: tiles of each image, on the host: shapes follow from them; None where every image is one tile.
         predict_index_Q: int64 positions in S whose *next* token is supervised.
         targets_Q: int64, that next token.
         sample_ids: names of the samples; empty for a micro-batch that only keeps ranks in step.
         num_skipped: samples left out because their image could not be read (`on_bad_image=skip`).
+        features: what the vision tower says of the tiles, where it is known beforehand; None runs it.
     """
 
     input_ids_S: Tensor
@@ -127,6 +145,8 @@ class Batch:
     targets_Q: Tensor
     sample_ids: tuple[str, ...]
     num_skipped: int = 0
+    tile_counts: tuple[int, ...] | None = None
+    features: VisionFeatures | None = None
 
     @property
     def num_supervised(self) -> int:
@@ -138,16 +158,15 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device` (asynchronous from pinned memory)."""
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in self.__slots__
-            if isinstance(getattr(self, name), Tensor)
-        }
-        return replace(self, **moved)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory; torch's DataLoader calls it by this name."""
-        pinned = {
-            name: getattr(self, name).pin_memory() for name in self.__slots__ if isinstance(getattr(self, name), Tensor)
-        }
-        return replace(self, **pinned)
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        values = {name: getattr(self, name) for name in self.__slots__}
+        changed: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        if self.features is not None:
+            changed["features"] = self.features.map(change)
+        return replace(self, **changed)

@@ -1,4 +1,4 @@
-"""From a file to the tiles a vision tower reads: opening an image safely, padding it to a square, resizing it."""
+"""From a file to the tiles a vision tower reads: opening an image safely, padding, cutting and resizing it."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from anchorformer.errors import UserError
+from anchorformer.tiling import UNTILED, Size, Tiling
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,11 @@ def read_image(path: Path) -> bytes:
 
 
 def _read(path: Path) -> bytes:
+    _check_file(path)
+    return path.read_bytes()
+
+
+def _check_file(path: Path) -> None:
     status = path.stat()
     if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -74,7 +80,6 @@ def _read(path: Path) -> bytes:
         raise OSError(errno.EINVAL, "Not a regular file")
     if status.st_size > MAX_BYTES:
         raise OSError(errno.EFBIG, f"{status.st_size} bytes")
-    return path.read_bytes()
 
 
 def open_image(source: Path | bytes, *, name: str | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -125,6 +130,26 @@ def open_image(source: Path | bytes, *, name: str | None = None, max_pixels: int
     return image
 
 
+def image_size(source: Path | bytes) -> Size | None:
+    """What the header alone says; None of what is no readable image, which `open_image` explains.
+
+    Raises:
+        OSError: the file could not be read for a reason that is none of its own.
+    """
+    try:
+        if isinstance(source, Path):
+            _check_file(source)
+        with Image.open(source if isinstance(source, Path) else io.BytesIO(source), formats=_formats()) as header:
+            return header.size
+    except Image.DecompressionBombError:
+        return None
+    except DECODING_ERRORS as error:
+        # Pillow's own errors are OSErrors without a number.
+        if isinstance(error, OSError) and error.errno is not None and error.errno not in BAD_FILE:
+            raise
+        return None
+
+
 @functools.cache
 def _formats() -> tuple[str, ...]:
     # A Pillow built without one of the optional libraries raises KeyError for a format it does not know.
@@ -147,27 +172,32 @@ def _too_large(name: str, found: str, max_pixels: int) -> UserError:
 
 @dataclass(frozen=True, slots=True)
 class ImageTransform:
-    """The padded-square transform of LLaVA 1.5: alpha dropped, centred on a square of one colour, bicubic resize.
+    """An image as tiles: the padded square of LLaVA 1.5, or where there is a tiling, LLaVA-NeXT's grid of them.
+
+    The square: alpha dropped, centred on a square of one colour, bicubic resize. The grid: an overview resized without
+    regard to its aspect, then the image scaled to fit the best grid, centred on black, and cut row by row.
 
     Pillow does the resizing wherever this runs: torchvision's bicubic differs from it by one or two of 255, so that a
     model would see other images in training than in evaluation on a machine with other packages.
 
     Attributes:
         image_size: side of the result, in pixels.
-        fill_rgb: colour of the padding.
+        fill_rgb: colour of the square's padding.
+        tiling: grids to cut into; none where it has none.
     """
 
     image_size: int
     fill_rgb: tuple[int, int, int]
+    tiling: Tiling = UNTILED
 
     @classmethod
-    def for_statistics(cls, image_size: int, mean: Sequence[float]) -> ImageTransform:
+    def for_statistics(cls, image_size: int, mean: Sequence[float], tiling: Tiling = UNTILED) -> ImageTransform:
         """Padding in the mean colour of the vision tower's training images, rounded down as published."""
         red, green, blue = (int(255 * channel) for channel in mean)
-        return cls(image_size, (red, green, blue))
+        return cls(image_size, (red, green, blue), tiling)
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Returns uint8 (3, image_size, image_size); the model normalises it on its own device.
+        """The padded square, uint8 (3, image_size, image_size); the model normalises it on its own device.
 
         Raises:
             UserError: the image or its square is larger than MAX_PIXELS.
@@ -186,13 +216,43 @@ class ImageTransform:
             rgb = padded
         if rgb.size != (self.image_size, self.image_size):
             rgb = rgb.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
+        return _to_tensor(rgb).contiguous()
+
+    def cut(self, image: Image.Image) -> Tensor:
+        """The tiles of one image, uint8 (tiles, 3, image_size, image_size): the overview first, then row by row.
+
+        Raises:
+            UserError: the image or its square is larger than MAX_PIXELS.
+        """
+        tiling, side = self.tiling, self.image_size
+        if not tiling.grids:
+            return self(image)[None]
+        _check_size(image.size, getattr(image, "filename", "") or "an image", MAX_PIXELS)
+        rgb = image if image.mode == "RGB" else image.convert("RGB")
+        columns, rows = tiling.grid(rgb.size, side)
+        left, top, right, bottom = tiling.box(rgb.size, side)
+        canvas = Image.new("RGB", (columns * side, rows * side))
+        canvas.paste(rgb.resize((right - left, bottom - top), Image.Resampling.BICUBIC), (left, top))
+        grid = _to_tensor(canvas).unflatten(2, (columns, side)).unflatten(1, (rows, side))  # (3, rows, y, columns, x)
+        tiles = grid.permute(1, 3, 0, 2, 4).flatten(0, 1)
+        if not tiling.overview:
+            return tiles.contiguous()
+        overview = _to_tensor(rgb.resize((side, side), Image.Resampling.BICUBIC))
+        return torch.cat([overview[None], tiles])
+
+    def count(self, size: Size) -> int:
+        """Tiles that `cut` makes of an image of that size."""
+        return self.tiling.count(size, self.image_size)
 
     def tiles(self, images: Sequence[Image.Image]) -> Tensor:
-        """The images of one record, in order, as uint8 (B, 3, image_size, image_size); B may be 0."""
+        """The tiles of the images of one record, in order, as uint8 (B, 3, image_size, image_size); B may be 0."""
         if not images:
             return torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8)
-        return torch.stack([self(image) for image in images])
+        return torch.cat([self.cut(image) for image in images])
+
+
+def _to_tensor(rgb: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
 
 
 def normalise(tiles_B3HW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

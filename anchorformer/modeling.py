@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,13 +13,16 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from anchorformer import connectors, selectors
 from anchorformer.configuration import AnchorFormerConfig
 from anchorformer.connectors.base import ConnectorConfig
+from anchorformer.contracts import VisionFeatures
 from anchorformer.errors import UserError
 from anchorformer.fusion import fuse
 from anchorformer.images import normalise
 from anchorformer.kernels.attention import FLAT_MASK, TEXT_ATTENTION
 from anchorformer.lean import make_lean
-from anchorformer.schema import parse_plugin
+from anchorformer.schema import parse, parse_plugin
 from anchorformer.selectors.base import SelectorConfig
+from anchorformer.tiling import Tiling
+from anchorformer.views import build_selector, embeddings_per_view, join_tiles
 from anchorformer.vision import VisionTower
 
 
@@ -32,7 +35,9 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
     * padded, for generation: (B, L) with a 2-D `attention_mask`, and a cache if wanted.
 
     In training mode vision tower and connector run exactly once per forward, on a zero image where the batch has none,
-    so that ranks with and without images stay in step under ZeRO.
+    so that ranks with and without images stay in step under ZeRO. That holds with tiles too: the tower takes all tiles
+    of the batch at once, and the connector all views: every tile, or with `tiling.select=image` every image, where
+    those with fewer tiles are padded and a mask hides it. Selectors have no parameters and may be called more often.
     """
 
     config_class = AnchorFormerConfig
@@ -58,15 +63,16 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.image_token_id = config.image_token_id
         self.vision_tower = VisionTower.from_config(config.vision_config, selector.needs)
         tower = self.vision_tower
-        self.selector = selector.build(tower.num_tokens, tower.num_heads, tower.has_cls)
+        self.tiling = parse_tiling(config.tiling)
+        shape = tower.num_tokens, tower.num_heads, tower.has_cls
+        self.num_image_tokens = embeddings_per_view(self.tiling, selector, connector, *shape)
+        """Embeddings, and so placeholders, per view: a tile, or with `tiling.select=image` an image."""
+        self.selector = build_selector(self.tiling, selector, *shape)
         self.connector = connector.build(tower.width, config.text_config.hidden_size)
         self.language_model = AutoModelForCausalLM.from_config(
             config.text_config, attn_implementation=TEXT_ATTENTION, dtype=self.dtype_of(config)
         )
         make_lean(self.language_model)
-        num_anchors = selector.count(tower.num_tokens, tower.num_heads, tower.has_cls)
-        self.num_image_tokens = connector.count(tower.num_tokens, num_anchors, tower.has_cls)
-        """Embeddings, and so placeholders, per image."""
         self.post_init()
 
     @staticmethod
@@ -79,6 +85,8 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        tile_counts: Sequence[int] | None = None,
+        vision_features: VisionFeatures | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         past_key_values: Any = None,
@@ -89,11 +97,13 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """
         Args:
-            input_ids: (1, S) flat or (B, L) padded; an image stands as `num_image_tokens` placeholders.
+            input_ids: (1, S) flat or (B, L) padded; a view stands as `num_image_tokens` placeholders.
             attention_mask: padded form only, (B, L), 1 at real positions.
             position_ids: like `input_ids`; restarting with each sample in the flat form.
-            pixel_values: (images, 3, H, W) in order of their placeholders; uint8 is normalised here, floats are taken
+            pixel_values: (tiles, 3, H, W) in order of their placeholders; uint8 is normalised here, floats are taken
                 as normalised.
+            tile_counts: tiles of each image, on the host; may be left out where all images have equally many.
+            vision_features: what the vision tower says of these tiles, where that is known; it does not run then.
             cu_seqlens: flat form only, int32 (samples + 1,), borders of the samples.
             max_seqlen: flat form only, the longest sample.
             labels: padded form only, (B, L) with -100 where not supervised; adds the mean next-token loss.
@@ -113,7 +123,8 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 "max_length_q": max_seqlen, "max_length_k": max_seqlen,
             }  # fmt: skip
             attention_mask, use_cache = FLAT_MASK, False
-        embeds_BSD = self._see(self.get_input_embeddings()(input_ids), input_ids, pixel_values)
+        embeds_BSD = self.get_input_embeddings()(input_ids)
+        embeds_BSD = self._see(embeds_BSD, input_ids, pixel_values, tile_counts, vision_features)
         out: CausalLMOutputWithPast = self.language_model(
             inputs_embeds=embeds_BSD,
             attention_mask=attention_mask,
@@ -127,29 +138,63 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
             out.loss = self.loss_function(out.logits, labels, vocab_size=out.logits.shape[-1])
         return out
 
-    def encode_images(self, pixel_values: Tensor) -> Tensor:
-        """Visual embeddings of images (B, 3, H, W): (B, num_image_tokens, D), D the language model's width."""
-        if pixel_values.dtype == torch.uint8:
-            pixel_values = normalise(pixel_values, self.config.image_mean, self.config.image_std)
-        features = self.vision_tower(pixel_values)
+    def encode_images(
+        self, pixel_values: Tensor, tile_counts: Sequence[int] | None = None,
+        features: VisionFeatures | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Visual embeddings of tiles (B, 3, H, W): (views, num_image_tokens, D), D the language model's width.
+
+        Args:
+            features: of these tiles, where they are known already.
+
+        Raises:
+            UserError: the tiles of the images do not add up to B.
+        """
+        counts = self._tile_counts(pixel_values.shape[0], tile_counts)
+        if features is None:
+            if pixel_values.dtype == torch.uint8:
+                pixel_values = normalise(pixel_values, self.config.image_mean, self.config.image_std)
+            features = self.vision_tower(pixel_values)
+        if self.tiling.spans_tiles:
+            features = join_tiles(features, counts)
         return self.connector(self.selector(features), features)
 
-    def _see(self, embeds_BSD: Tensor, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
+    def _tile_counts(self, tiles: int, given: Sequence[int] | None) -> Sequence[int]:
+        if given is None and len(self.tiling.counts) == 1:
+            each = self.tiling.counts[0]
+            given = [each] * (tiles // each)
+        if given is None and not self.tiling.spans_tiles:
+            return ()  # every tile is a view of its own, whatever image it is of
+        if given is None or sum(given) != tiles or not set(given) <= set(self.tiling.counts):
+            raise UserError(
+                "tiles and images do not match", found=f"{tiles} tiles, tile_counts={given}",
+                expected=f"as many tiles as tile_counts add up to, each one of {self.tiling.counts}",
+                remedy="pass what the model folder's own processor returns, tile_counts too",
+            )  # fmt: skip
+        return given
+
+    def _see(
+        self, embeds_BSD: Tensor, input_ids: Tensor, pixel_values: Tensor | None, tile_counts: Sequence[int] | None,
+        features: VisionFeatures | None,
+    ) -> Tensor:  # fmt: skip
         if pixel_values is not None and pixel_values.shape[0] > 0:
-            return fuse(embeds_BSD, input_ids, self.encode_images(pixel_values), self.image_token_id)
+            visual_XTD = self.encode_images(pixel_values, tile_counts, features)
+            return fuse(embeds_BSD, input_ids, visual_XTD, self.image_token_id)
         if self.training:
             # A rank whose micro-batch is text only must still run the connector, or ZeRO's collectives go out of step.
-            side = self.vision_tower.image_size
-            blank = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=embeds_BSD.device)
-            embeds_BSD = embeds_BSD + (0.0 * self.encode_images(blank)).sum().to(embeds_BSD.dtype)
+            side, tiles = self.vision_tower.image_size, self.tiling.counts[0]
+            blank = torch.zeros(tiles, 3, side, side, dtype=torch.uint8, device=embeds_BSD.device)
+            if features is not None:  # and a rank with images does not run the tower either
+                features = features.map(lambda x: x.new_zeros(tiles, *x.shape[1:]))
+            embeds_BSD = embeds_BSD + (0.0 * self.encode_images(blank, [tiles], features)).sum().to(embeds_BSD.dtype)
         return fuse(embeds_BSD, input_ids, embeds_BSD.new_zeros(0, 1, embeds_BSD.shape[-1]), self.image_token_id)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """Adds the images to the first step only: later steps find them in the cache."""
-        pixel_values = kwargs.pop("pixel_values", None)
+        seen = {name: kwargs.pop(name, None) for name in ("pixel_values", "tile_counts", "vision_features")}
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
         if kwargs.get("is_first_iteration", False) or not kwargs.get("use_cache", True):
-            inputs["pixel_values"] = pixel_values
+            inputs |= seen
         return inputs
 
     def _expand_inputs_for_generation(
@@ -157,17 +202,30 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> tuple[Tensor, dict[str, Any]]:
         """Repeats rows for beams or several answers, each with all of its images: transformers would repeat image by
         image, and a row with two of them would see the first one twice."""
-        pixel_values = kwargs.pop("pixel_values", None)
+        pixel_values, tile_counts = kwargs.pop("pixel_values", None), kwargs.pop("tile_counts", None)
         if pixel_values is not None and input_ids is not None and expand_size > 1:
-            counts = (input_ids == self.image_token_id).sum(1) // self.num_image_tokens
-            rows = pixel_values.split(counts.tolist())
-            pixel_values = torch.cat([images.repeat(expand_size, 1, 1, 1) for images in rows])
+            counts = self._tile_counts(pixel_values.shape[0], tile_counts) or [1] * pixel_values.shape[0]
+            images = iter(counts)
+            views = ((input_ids == self.image_token_id).sum(1) // self.num_image_tokens).tolist()
+            per_row = [self._images_of(own, images) for own in views]
+            rows = pixel_values.split([sum(own) for own in per_row])
+            pixel_values = torch.cat([tiles.repeat(expand_size, 1, 1, 1) for tiles in rows])
+            if tile_counts is not None:
+                tile_counts = [count for own in per_row for count in own * expand_size]
         expanded: tuple[Tensor, dict[str, Any]] = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **kwargs
         )
         if pixel_values is not None:
-            expanded[1]["pixel_values"] = pixel_values
+            expanded[1].update(pixel_values=pixel_values, tile_counts=tile_counts)
         return expanded
+
+    def _images_of(self, views: int, counts: Iterator[int]) -> list[int]:
+        """Takes the images of one row from those that remain: tiles of each, until they make up its views."""
+        own: list[int] = []
+        while views > 0:
+            own.append(next(counts))
+            views -= self.tiling.views(own[-1])
+        return own
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -196,6 +254,15 @@ def parse_parts(selector: Mapping[str, Any], connector: Mapping[str, Any]) -> tu
         parse_plugin(SelectorConfig, selector, selectors.__name__, "selector"),
         parse_plugin(ConnectorConfig, connector, connectors.__name__, "connector"),
     )
+
+
+def parse_tiling(tiling: Mapping[str, Any]) -> Tiling:
+    """The typed tiling of a configuration.
+
+    Raises:
+        UserError: unknown key, wrong type or grids that cannot be used.
+    """
+    return parse(Tiling, tiling, "tiling")
 
 
 def _check_flat(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,9 @@ from anchorformer.contracts import IGNORE_INDEX, Example
 from anchorformer.dialogue import PLACEHOLDER, read_turns
 from anchorformer.errors import UserError
 from anchorformer.images import ImageTransform
+from anchorformer.schema import parse, to_plain
 from anchorformer.templates import Picture, Segment, Special, Text, make_template
+from anchorformer.tiling import Size, Tiling
 from anchorformer.tokenization import SENTENCEPIECE_FILE, After, SentencePieceEncoder, choose_encoder
 
 log = logging.getLogger(__name__)
@@ -47,9 +49,10 @@ class AnchorFormerProcessor(ProcessorMixin):
     never by looking for the padding id, which may be a token that also occurs in text.
 
     Args:
-        image_transform: image to uint8 tile.
+        image_transform: image to uint8 tiles.
         tokenizer: of the language model; gets `image_token` as a special token where it has none.
-        num_image_tokens: embeddings per tile, the model's `config.num_image_tokens`.
+        num_image_tokens: embeddings per view, the model's `num_image_tokens`: of a tile, or where the tiling selects
+            over all tiles of an image, of an image.
         image_token: name of the image token in the tokenizer.
         template: `plain`, `v1` or `chat`.
 
@@ -119,13 +122,14 @@ class AnchorFormerProcessor(ProcessorMixin):
             UserError: turns that do not alternate, placeholders and images that do not match, or a sample longer than
                 `max_length` that may not be cut, or cannot be without losing image tokens or its last target.
         """
-        ids, labels = self._write(turns, len(images), sample_id)
+        counts = [self.image_transform.count(image.size) for image in images]
+        ids, labels = self._write(turns, counts, sample_id)
         kept = self._kept_length(ids, labels, max_length, overlength)
         if max_length is not None and kept > max_length:
             supervised = sum(label != IGNORE_INDEX for label in labels)
             raise UserError(
                 f"{sample_id}: the sample is too long",
-                found=f"{len(ids)} positions ({len(images) * self.num_image_tokens} of them image tokens, {supervised} "
+                found=f"{len(ids)} positions ({self._placeholders(counts)} of them image tokens, {supervised} "
                 f"supervised) with overlength={overlength}",
                 expected=f"at most {max_length}"
                 + (" with every image token and at least one target" if overlength == "truncate_answer" else ""),
@@ -136,23 +140,39 @@ class AnchorFormerProcessor(ProcessorMixin):
             input_ids_S=torch.tensor(ids[:kept], dtype=torch.int64),
             labels_S=torch.tensor(labels[:kept], dtype=torch.int64),
             tiles_B3HW=self.image_transform.tiles(images),
+            tile_counts=tuple(counts),
         )
 
     def measure(
-        self, turns: Turns, num_images: int, *, sample_id: str = "record", max_length: int | None = None,
-        overlength: str = "error",
+        self, turns: Turns, num_images: int, *, sizes: Sequence[Size | None] = (), sample_id: str = "record",
+        max_length: int | None = None, overlength: str = "error",
     ) -> Measure:  # fmt: skip
         """Length and number of targets that `encode` would give, without pixels, for planning.
+
+        Args:
+            sizes: of the images, where `needs_sizes`; None of one that cannot be read, which is never encoded and
+                counts as the fewest tiles.
 
         With `overlength=truncate_answer` the figures are those after the cut. A sample that `encode` would refuse as
         too long keeps its full length, so that `length > max_length` tells it apart whatever the rule.
 
         Raises:
             UserError: as `encode`, except for length.
+            ValueError: sizes are needed and there are not as many as images.
         """
-        ids, labels = self._write(turns, num_images, sample_id)
+        transform = self.image_transform
+        counts = [transform.tiling.counts[0]] * num_images
+        if self.needs_sizes:
+            pairs = zip(counts, sizes, strict=True)
+            counts = [fewest if size is None else transform.count(size) for fewest, size in pairs]
+        ids, labels = self._write(turns, counts, sample_id)
         kept = self._kept_length(ids, labels, max_length, overlength)
         return Measure(kept, sum(label != IGNORE_INDEX for label in labels[:kept]))
+
+    @property
+    def needs_sizes(self) -> bool:
+        """Whether a sample's length depends on the sizes of its images."""
+        return self.image_transform.tiling.needs_sizes
 
     def prompt(self, turns: Turns, images: Sequence[Image.Image], *, sample_id: str = "prompt") -> Tensor:
         """Ids (S,) up to and including the generation prompt; training ids are these and the answer's.
@@ -166,7 +186,8 @@ class AnchorFormerProcessor(ProcessorMixin):
                 f"{sample_id}: nothing is asked", found="a conversation that ends with an answer",
                 expected="a user's turn at the end", remedy="leave the reference answer out of the prompt",
             )  # fmt: skip
-        ids, _ = self._to_ids(self._template.segments(dialogue, generate=True))
+        counts = [self.image_transform.count(image.size) for image in images]
+        ids, _ = self._to_ids(self._template.segments(dialogue, generate=True), counts)
         return torch.tensor(ids, dtype=torch.int64)
 
     def pad(self, rows: Sequence[Tensor], *, side: str = "left") -> BatchFeature:
@@ -201,8 +222,8 @@ class AnchorFormerProcessor(ProcessorMixin):
             return_tensors: "pt" is the only one.
 
         Returns:
-            input_ids, attention_mask (int64, rows x longest); pixel_values (uint8, B x 3 x size x size, normalised by
-            the model) where there are images.
+            input_ids, attention_mask (int64, rows x longest); where there are images pixel_values (uint8, tiles x 3 x
+            size x size, normalised by the model), and with a tiling tile_counts (list, tiles of each image).
 
         Raises:
             UserError: neither or both of `text` and `conversations`, images that do not match the placeholders.
@@ -217,18 +238,20 @@ class AnchorFormerProcessor(ProcessorMixin):
         marked = texts or ["".join(said for role, said in turns if role == "user") for turns in conversations or ()]
         per_sample = _deal(images, [sample.count(PLACEHOLDER) for sample in marked])
         if texts is not None:
-            rows = [self._written_out(sample) for sample in texts]
+            rows = [self._written_out(sample, own) for sample, own in zip(texts, per_sample, strict=True)]
         else:
             rows = [self.prompt(turns, own) for turns, own in zip(conversations or (), per_sample, strict=True)]
         batch = self.pad(rows, side=padding_side)
         flat = [image for own in per_sample for image in own]
         if flat:
             batch["pixel_values"] = self.image_transform.tiles(flat)
+            if self.image_transform.tiling.grids:
+                batch["tile_counts"] = [self.image_transform.count(image.size) for image in flat]
         return batch
 
     @property
     def model_input_names(self) -> list[str]:
-        return ["input_ids", "attention_mask", "pixel_values"]
+        return ["input_ids", "attention_mask", "pixel_values", "tile_counts"]
 
     def to_dict(self) -> dict[str, Any]:
         """What processor_config.json holds; the tokenizer has files of its own."""
@@ -237,6 +260,7 @@ class AnchorFormerProcessor(ProcessorMixin):
             "processor_class": type(self).__name__,
             "image_size": transform.image_size,
             "fill_rgb": list(transform.fill_rgb),
+            **({"tiling": to_plain(transform.tiling)} if transform.tiling.grids else {}),
             "num_image_tokens": self.num_image_tokens,
             "image_token": self.image_token,
             "template": self.template,
@@ -258,7 +282,8 @@ class AnchorFormerProcessor(ProcessorMixin):
                 expected="what this version's save_pretrained writes",
                 remedy="copy the file from the model's folder again, or assemble the model",
             )  # fmt: skip
-        transform = ImageTransform(values["image_size"], tuple(values["fill_rgb"]))
+        tiling = parse(Tiling, values.get("tiling", {}), "tiling in processor_config.json", "copy the file again")
+        transform = ImageTransform(values["image_size"], tuple(values["fill_rgb"]), tiling)
         return cls(transform, *args, **{name: values[name] for name in names})
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> Any:
@@ -268,20 +293,28 @@ class AnchorFormerProcessor(ProcessorMixin):
             (Path(save_directory) / SENTENCEPIECE_FILE).write_bytes(self.encoder.model)
         return files
 
-    def _write(self, turns: Turns, num_images: int, sample_id: str) -> tuple[list[int], list[int]]:
-        return self._to_ids(self._template.segments(read_turns(turns, num_images, sample_id), generate=False))
+    def _placeholders(self, tile_counts: Iterable[int]) -> int:
+        """Embeddings that stand for images of so many tiles."""
+        return self.num_image_tokens * sum(map(self.image_transform.tiling.views, tile_counts))
 
-    def _written_out(self, text: str) -> Tensor:
+    def _write(self, turns: Turns, tile_counts: Sequence[int], sample_id: str) -> tuple[list[int], list[int]]:
+        dialogue = read_turns(turns, len(tile_counts), sample_id)
+        return self._to_ids(self._template.segments(dialogue, generate=False), tile_counts)
+
+    def _written_out(self, text: str, images: Sequence[Image.Image]) -> Tensor:
         bos = self.tokenizer.bos_token
         missing = bos is not None and not text.startswith(bos)
         segments: list[Segment] = [Special(self.tokenizer.bos_token_id)] if missing else []
         for index, piece in enumerate(text.split(PLACEHOLDER)):
             segments += [Picture()] * (index > 0) + [Text(piece, After.nothing)]
-        return torch.tensor(self._to_ids(segments)[0], dtype=torch.int64)
+        counts = [self.image_transform.count(image.size) for image in images]
+        return torch.tensor(self._to_ids(segments, counts)[0], dtype=torch.int64)
 
-    def _to_ids(self, segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
+    def _to_ids(self, segments: Sequence[Segment], tile_counts: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Ids and labels; the pictures among the segments are the images, in order."""
         ids: list[int] = []
         labels: list[int] = []
+        counts = iter(tile_counts)
         for segment in segments:
             match segment:
                 case Text(text, after, supervised):
@@ -289,7 +322,7 @@ class AnchorFormerProcessor(ProcessorMixin):
                 case Special(index, supervised):
                     new = [index]
                 case Picture():
-                    new, supervised = [self.image_token_id] * self.num_image_tokens, False
+                    new, supervised = [self.image_token_id] * self._placeholders([next(counts)]), False
             ids += new
             labels += new if supervised else [IGNORE_INDEX] * len(new)
         return ids, labels

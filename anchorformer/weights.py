@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, ProcessorMixin
@@ -25,8 +25,10 @@ from transformers import GenerationConfig, ProcessorMixin
 from anchorformer.configuration import AnchorFormerConfig
 from anchorformer.errors import UserError
 from anchorformer.hub import CONFIG, INDEX, check_files, read_mapping, read_object, read_weight_map
-from anchorformer.modeling import AnchorFormerForConditionalGeneration, parse_parts
-from anchorformer.schema import plugin_to_plain
+from anchorformer.modeling import AnchorFormerForConditionalGeneration, parse_parts, parse_tiling
+from anchorformer.schema import plugin_to_plain, to_plain
+from anchorformer.tiling import Tiling
+from anchorformer.vision import VisionTower
 
 MANIFEST = "MANIFEST.json"
 PARTS = ("vision_tower", "connector", "language_model")
@@ -131,12 +133,13 @@ def check_folder(
     selector: Mapping[str, Any] | None = None,
     connector: Mapping[str, Any] | None = None,
     *,
+    tiling: Tiling | None = None,
     every_hash: bool = False,
 ) -> AnchorFormerConfig:
     """Everything that can be wrong with a model folder, found from headers and hashes before a weight is loaded.
 
-    Compares file sizes with the manifest, the sha256 of the connector's shards, the selector and connector with those
-    the run asks for, and the names and shapes of all tensors with the model that the configuration describes; and
+    Compares file sizes with the manifest, the sha256 of the connector's shards, selector, connector and tiling with
+    those the run asks for, and the names and shapes of all tensors with the model that the configuration describes; and
     validates the generation config.
 
     Args:
@@ -175,6 +178,13 @@ def check_folder(
                 expected=", ".join(f"{k}={wanted.get(k)}" for k in differing),
                 remedy=f"give the run the {kind} that the folder was trained with, or start from another folder",
             )
+    own = parse_tiling(config.tiling)
+    if tiling not in (None, own):
+        raise UserError(
+            f"tiling of {folder} is not the one this run asks for", found=f"{to_plain(own)}",
+            expected=f"{to_plain(tiling)}",
+            remedy="give the run the tiling that the folder was made with, or assemble one with another",
+        )  # fmt: skip
     with torch.device("meta"):
         model = AnchorFormerForConditionalGeneration(config)
     tied = set(model.all_tied_weights_keys)
@@ -206,6 +216,25 @@ def load_model(
             remedy="start from a folder written by this version",
         )  # fmt: skip
     return model
+
+
+def load_tower(folder: Path, dtype: torch.dtype) -> VisionTower:
+    """The vision tower of a folder by itself, frozen; nothing else is read.
+
+    Raises:
+        UserError: a tensor missing, left over or of another shape.
+    """
+    config = AnchorFormerConfig.from_pretrained(folder)
+    selector, _ = parse_parts(config.selector, config.connector)
+    with torch.random.fork_rng(devices=[]):
+        tower = VisionTower.from_config(config.vision_config, selector.needs)
+    state: dict[str, Tensor] = {}
+    for name in sorted({file for key, file in read_index(folder).items() if key.startswith("vision_tower.")}):
+        state |= {key.removeprefix("vision_tower."): value for key, value in load_file(folder / name).items()}
+    shapes = {name: tuple(value.shape) for name, value in tower.state_dict().items()}
+    compare_shapes(f"vision tower of {folder}", {name: tuple(value.shape) for name, value in state.items()}, shapes)
+    tower.load_state_dict(state)
+    return tower.to(dtype).requires_grad_(False).eval()
 
 
 def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

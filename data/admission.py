@@ -10,7 +10,7 @@ import numpy as np
 
 from anchorformer.errors import UserError
 from data.config import DataConfig, OnBad, Overlength
-from data.encoder import Encoder, turns_of
+from data.encoder import Encoder, measured
 from data.lengths import UNUSABLE, Lengths, measure, measure_shortened
 from data.sources.base import Source
 
@@ -129,7 +129,7 @@ def explain(source: Source, encoder: Encoder, index: int) -> None:
     """
     record = source[index]
     try:
-        encoder.measure(turns_of(record), len(record.images))
+        measured(encoder, record)
     except UserError as error:
         raise UserError(
             f"{source.name}/{record.id}: {error.what}",

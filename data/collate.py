@@ -42,7 +42,12 @@ def collate(examples: Sequence[Example], filler: Example | None = None, num_skip
         targets_Q=next_labels[predict_index],
         sample_ids=tuple(example.sample_id for example in examples),
         num_skipped=num_skipped,
+        tile_counts=tuple(count for part in parts for count in _tile_counts(part)),
     )
+
+
+def _tile_counts(example: Example) -> tuple[int, ...]:
+    return (1,) * example.tiles_B3HW.shape[0] if example.tile_counts is None else example.tile_counts
 
 
 def make_filler(processor: Encoder) -> Example:

@@ -22,6 +22,11 @@ Turns = Sequence[tuple[str, str]]
 class Encoder(Protocol):
     """The part of `AnchorFormerProcessor` that is used here; tests may hand in something smaller."""
 
+    @property
+    def needs_sizes(self) -> bool:
+        """Whether a record's length depends on the sizes of its images."""
+        ...
+
     def encode(
         self,
         turns: Turns,
@@ -39,6 +44,7 @@ class Encoder(Protocol):
         turns: Turns,
         num_images: int,
         *,
+        sizes: Sequence[tuple[int, int] | None] = (),
         sample_id: str = "record",
         max_length: int | None = None,
         overlength: str = "error",
@@ -46,6 +52,9 @@ class Encoder(Protocol):
         """Length in positions, anchors counted, and number of supervised tokens that `encode` gives, without pixels.
 
         A record that `encode` would refuse as too long keeps its full length.
+
+        Args:
+            sizes: (width, height) of each image, where `needs_sizes`; None of one that cannot be read.
         """
         ...
 
@@ -57,6 +66,20 @@ class Encoder(Protocol):
 def turns_of(record: Record) -> list[tuple[str, str]]:
     """The record's turns as a processor takes them."""
     return [(turn.role.value, turn.text) for turn in record.turns]
+
+
+def measured(
+    encoder: Encoder, record: Record, *, max_length: int | None = None, overlength: str = "error"
+) -> tuple[int, int]:
+    """`Encoder.measure` of a record; its images are touched only where their sizes matter, and then their headers."""
+    sizes: list[tuple[int, int] | None] = []
+    if encoder.needs_sizes:
+        from data.images import size  # loads torch
+
+        sizes = [size(ref) for ref in record.images]
+    return encoder.measure(
+        turns_of(record), len(record.images), sizes=sizes, max_length=max_length, overlength=overlength
+    )
 
 
 def fingerprint(encoder: Encoder) -> str:

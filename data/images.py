@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from anchorformer.errors import UserError
-from anchorformer.images import open_image
+from anchorformer.images import image_size, open_image
 from data.record import ImageRef
 
 
@@ -41,3 +41,16 @@ def load(ref: ImageRef) -> Image.Image:
         UserError: what `locate` raises; or the file is missing, unreadable, damaged or too large.
     """
     return open_image(locate(ref), name=None if ref.path is None else str(ref.path))
+
+
+def size(ref: ImageRef) -> tuple[int, int] | None:
+    """(width, height) from the image's header; None where `load` would refuse it.
+
+    Raises:
+        OSError: the file could not be read for a reason that is none of its own.
+    """
+    try:
+        place = locate(ref)
+    except UserError:  # training refuses it, whatever the rules, when its turn comes
+        return None
+    return image_size(place)

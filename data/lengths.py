@@ -15,7 +15,7 @@ from tqdm import tqdm
 from anchorformer.errors import UserError
 from data.arrow import locked, written_whole
 from data.config import Overlength
-from data.encoder import Encoder, turns_of
+from data.encoder import Encoder, measured
 from data.sources.base import Source
 
 FORMAT = 1
@@ -116,10 +116,7 @@ def _chunk(source: Source, encoder: Encoder, shorten_to: int | None, indices: Se
     counts = np.empty((2, len(indices)), np.int32)
     for column, index in enumerate(indices):
         try:
-            record = source[index]
-            counts[:, column] = encoder.measure(
-                turns_of(record), len(record.images), max_length=shorten_to, overlength=rule.value
-            )
+            counts[:, column] = measured(encoder, source[index], max_length=shorten_to, overlength=rule.value)
         except UserError:
             counts[:, column] = UNUSABLE
     return counts

@@ -5,21 +5,27 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 import anchorformer.auto  # noqa: F401  (makes the processor known to AutoProcessor)
 from anchorformer import hub
+from anchorformer.contracts import VisionFeatures
 from anchorformer.errors import UserError
 from anchorformer.modeling import AnchorFormerForConditionalGeneration
 from anchorformer.processing import AnchorFormerProcessor
 from anchorformer.weights import MANIFEST, check_folder, load_model, sha256
 from data.collate import collate
+from data.config import OnBad
+from data.features import FeatureCache
+from data.fill import fill, images_digest
 from data.images import load as load_image
 from evals.config import Device, EvalConfig, Precision
 from evals.questions import Question
@@ -31,6 +37,9 @@ class ModelRespondent:
     Args:
         batch_size: questions answered together; rows are padded on the left, so answers do not depend on it.
         facts: what to write beside every score: model, template, precision, versions.
+        features: filled with what the vision tower says of every tile that is asked about; None runs it.
+        among_ranks: whether a forward pass of the model is a collective (ZeRO-3): none then leaves a generation before
+            all have their answers.
     """
 
     def __init__(
@@ -39,31 +48,40 @@ class ModelRespondent:
         processor: AnchorFormerProcessor,
         batch_size: int,
         facts: dict[str, Any],
+        *,
+        features: FeatureCache | None = None,
+        among_ranks: bool = False,
     ) -> None:
         self._model = model.eval()
         self._processor = processor
         self._batch_size = batch_size
+        self._features = features
+        self._among_ranks = among_ranks
         self.facts = facts
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode, whose tensors ZeRO-3 would keep and then could not train on
     def answers(self, questions: Sequence[Question], max_new_tokens: int) -> list[str]:
         """Greedy answers without surrounding white space; each ends at the template's stop or at `max_new_tokens`."""
         tokenizer = self._processor.tokenizer
         texts: list[str] = []
         for chunk in self._chunks(questions, "answering"):
             images = [[load_image(ref) for ref in item.images] for item in chunk]
-            inputs = self._processor(images, conversations=[item.turns for item in chunk]).to(self._model.device)
+            inputs = self._processor(images, conversations=[item.turns for item in chunk])
+            features = self._read(inputs.get("pixel_values"))
+            inputs = inputs.to(self._model.device)
             ids_BL = self._model.generate(
                 **inputs,
+                vision_features=features and features.map(lambda tensor: tensor.to(self._model.device)),
                 do_sample=False,
                 max_new_tokens=max_new_tokens,
                 eos_token_id=self._processor.stop_token_ids,
+                synced_gpus=self._among_ranks,
             )
             new_BL = ids_BL[:, inputs["input_ids"].shape[1] :]
             texts += [text.strip() for text in tokenizer.batch_decode(new_BL, skip_special_tokens=True)]
         return texts
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def answer_losses(self, questions: Sequence[Question]) -> list[tuple[float, int]]:
         """Summed negative log likelihood (nats) of each question's first reference, and its number of tokens."""
         losses: list[tuple[float, int]] = []
@@ -76,13 +94,16 @@ class ModelRespondent:
                 )
                 for item in chunk
             ]
-            batch = collate(examples).to(self._model.device)
+            batch = collate(examples)
+            batch = replace(batch, features=self._read(batch.tiles_B3HW)).to(self._model.device)
             logits_QD = self._model(
                 input_ids=batch.input_ids_S[None],
                 position_ids=batch.position_ids_S[None],
                 cu_seqlens=batch.cu_seqlens,
                 max_seqlen=batch.max_seqlen,
                 pixel_values=batch.tiles_B3HW,
+                tile_counts=batch.tile_counts,
+                vision_features=batch.features,
                 logits_to_keep=batch.predict_index_Q,
             ).logits[0]
             nll_Q = cross_entropy(logits_QD.float(), batch.targets_Q, reduction="none").double()
@@ -91,19 +112,28 @@ class ModelRespondent:
             losses += zip(sums.tolist(), sample_Q.bincount(minlength=len(chunk)).tolist(), strict=True)
         return losses
 
+    def _read(self, tiles_B3HW: Tensor | None) -> VisionFeatures | None:
+        """What the cache says of these tiles, where there is one."""
+        return None if self._features is None or tiles_B3HW is None else self._features.read(tiles_B3HW)
+
     def _chunks(self, questions: Sequence[Question], verb: str) -> Iterator[Sequence[Question]]:
-        with tqdm(total=len(questions), desc=verb, unit=" questions", delay=2, leave=False) as progress:
+        one = len(questions) <= self._batch_size  # whoever asks batch by batch shows how far that is
+        with tqdm(total=len(questions), desc=verb, unit=" questions", delay=2, leave=False, disable=one) as progress:
             for start in range(0, len(questions), self._batch_size):
                 chunk = questions[start : start + self._batch_size]
                 yield chunk
                 progress.update(len(chunk))
 
 
-def load(folder: Path, config: EvalConfig) -> ModelRespondent:
+def load(folder: Path, config: EvalConfig, questions: Sequence[Question] = ()) -> ModelRespondent:
     """The model of a folder, on the device and in the precision of the config.
 
+    Args:
+        questions: all that will be asked, where the config names a feature cache: it is filled for them here.
+
     Raises:
-        UserError: the folder is damaged or not one of ours, the template does not fit, or there is no such device.
+        UserError: the folder is damaged or not one of ours, the template does not fit, or there is no such device; an
+            image that cannot be read, or a disk without room for its features.
     """
     check_folder(folder)
     device = _device(config.device)
@@ -113,7 +143,15 @@ def load(folder: Path, config: EvalConfig) -> ModelRespondent:
     processor: AnchorFormerProcessor = hub.load("processor", folder, AnchorFormerProcessor.from_pretrained)
     if config.template is not None:
         processor = processor.with_template(config.template)
-    model = load_model(folder, torch.float32 if precision is Precision.fp32 else torch.bfloat16).to(device)
+    dtype = torch.float32 if precision is Precision.fp32 else torch.bfloat16
+    model = load_model(folder, dtype).to(device)
+    features = None
+    if config.data.feature_cache is not None:
+        features = FeatureCache(Path(config.data.feature_cache), folder, dtype, device)
+        fill(
+            features, questions, range(len(questions)), processor.image_transform,
+            made_of=images_digest(questions, processor.image_transform), on_bad_image=OnBad.error,
+        )  # fmt: skip
     facts = {
         "model": str(folder),
         "model_sha256": sha256(folder / MANIFEST),
@@ -121,6 +159,7 @@ def load(folder: Path, config: EvalConfig) -> ModelRespondent:
         "visual_tokens_per_image": processor.num_image_tokens,
         "image_size": processor.image_transform.image_size,
         "precision": precision.value,
+        "vision_features": "live" if features is None else "cached",  # which took no time then
         "machine": machine(device),
         "batch_size": config.batch_size,
         "versions": {
@@ -128,7 +167,7 @@ def load(folder: Path, config: EvalConfig) -> ModelRespondent:
             **{name: version(name) for name in ("anchorformer", "torch", "transformers")},
         },
     }
-    return ModelRespondent(model, processor, config.batch_size, facts)
+    return ModelRespondent(model, processor, config.batch_size, facts, features=features)
 
 
 def machine(device: torch.device) -> str:
@@ -140,6 +179,11 @@ def machine(device: torch.device) -> str:
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.processor() or platform.machine()
     return f"{os.cpu_count()} cores, {name}, {torch.get_num_threads()} thread(s)"
+
+
+def num_cards(wanted: Device) -> int:
+    """CUDA devices that an evaluation may use; 0 where it runs on the CPU."""
+    return torch.cuda.device_count() if _device(wanted).type == "cuda" else 0
 
 
 def _device(wanted: Device) -> torch.device:

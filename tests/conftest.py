@@ -114,12 +114,15 @@ Assemble = Callable[..., Path]
 def assemble_tiny(tiny_backbones: Path, tmp_path_factory: pytest.TempPathFactory) -> Assemble:
     """Assembles a model folder from the tiny backbones: `assemble_tiny(selector=..., connector=...)`."""
 
-    def build(selector: dict[str, Any] = ANCHOR, connector: dict[str, Any] = CONNECTOR, template: str = "chat") -> Path:
+    def build(
+        selector: dict[str, Any] = ANCHOR, connector: dict[str, Any] = CONNECTOR, template: str = "chat",
+        tiling: dict[str, Any] | None = None,
+    ) -> Path:  # fmt: skip
         from anchorformer.assemble import assemble
 
         out = tmp_path_factory.mktemp("model") / "start"
         clip, llama = str(tiny_backbones / "clip"), str(tiny_backbones / "llama")
-        return assemble(clip, llama, selector, connector, out, template=template)
+        return assemble(clip, llama, selector, connector, out, template=template, tiling=tiling)
 
     return build
 

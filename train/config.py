@@ -12,10 +12,12 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from anchorformer.errors import UserError
-from anchorformer.schema import Schema, to_plain
+from anchorformer.schema import TARGET, Schema, to_plain
 from anchorformer.template_names import TEMPLATE_NAMES
+from anchorformer.tiling import UNTILED, Tiling
 from data.config import Count, DataConfig, NotNegative, Share
 
+NO_TRACKER = {TARGET: "train.observe.trackers.none.NoTracker"}
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -127,6 +129,8 @@ class ModelConfig(Schema):
     """Plug-in of `anchorformer.selectors`."""
     connector: dict[str, Any]
     """Plug-in of `anchorformer.connectors`."""
+    tiling: Tiling = UNTILED
+    """Tiles of an image; without grids it is one."""
     published: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Hub id -> what its config.json says of its shape, for plans made before it is downloaded."""
 
@@ -184,6 +188,33 @@ class CheckpointConfig(Schema):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvalConfig(Schema):
+    """Validation while the run trains; it changes no number of the training."""
+
+    every: Count | None = None
+    """Steps between validations, and one behind the last step; null never validates."""
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Name -> plug-in of `evals.tasks`: each gives a loss of its right answers, and where it generates a score. On the
+    command line names of conf/eval: `eval.tasks=[docvqa_val,chartqa_test]`. Their sources start from `data.root`."""
+    limit: Count | None = 64
+    """So many questions of each task, spread evenly over it and the same every time; null asks all."""
+    batch_size: Count = 16
+    """Questions that a rank answers together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealthConfig(Schema):
+    """How the anchors and the connector look at a few images that stay the same through the run."""
+
+    every: Count | None = None
+    """Steps between two looks, and one behind the last step; null never looks."""
+    images: Count = 8
+    """Records with one image, spread evenly over the run's own data."""
+    max_new_tokens: Count = 32
+    """Longest answer that is shown of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class WatchdogConfig(Schema):
     """How long a run may stand still before it says who holds it up and ends."""
 
@@ -214,6 +245,10 @@ class RunConfig(Schema):
     log: LogConfig = field(default_factory=LogConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
+    tracker: dict[str, Any] = field(default_factory=lambda: dict(NO_TRACKER))
+    """Plug-in of `train.observe.trackers`: where the curves are shown beside the run's own files."""
     engine: EngineName = EngineName.deepspeed
     seed: NotNegative = 0
     repro: Repro = Repro.fast
@@ -243,7 +278,8 @@ def check(config: RunConfig) -> None:
 
     Raises:
         UserError: global batch not divisible by the ranks, both or none of epochs and max_steps, finetune
-            without `init_from`, unknown template or ZeRO stage, compiled parts or a folded connector under ZeRO-3.
+            without `init_from`, unknown template or ZeRO stage, validation without tasks or the other way round,
+            compiled parts or a folded connector under ZeRO-3, cached features of a trained tower.
     """
     stage, hardware = config.stage, config.hardware
     if stage.global_batch % config.world_size:
@@ -282,6 +318,18 @@ def check(config: RunConfig) -> None:
             "the connector's folded product does not go with ZeRO-3, which fetches weights by hooks of their modules",
             found="model.connector.fold_kv=true, zero.stage=3",
             expected="model.connector.fold_kv=false, or zero.stage up to 2", remedy="set model.connector.fold_kv=false",
+        )  # fmt: skip
+    if (config.eval.every is None) != (not config.eval.tasks):
+        raise UserError(
+            "validation is half described",
+            found=f"eval.every={config.eval.every}, eval.tasks={sorted(config.eval.tasks)}",
+            expected="both, or neither", remedy='e.g. eval.every=100 "eval.tasks=[docvqa_val,chartqa_test]"',
+        )  # fmt: skip
+    if config.data.feature_cache is not None and Part.vision_tower in stage.trains:
+        raise UserError(
+            "features of a tower that is being trained cannot be kept",
+            found=f"data.feature_cache={config.data.feature_cache}, stage.trains with vision_tower",
+            expected="a frozen vision tower, or no cache", remedy="set data.feature_cache=null",
         )  # fmt: skip
     if stage.template not in TEMPLATE_NAMES:
         raise UserError(

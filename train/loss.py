@@ -32,6 +32,8 @@ def supervised_loss(forward: Callable[..., Any], batch: Batch, step_supervised: 
         cu_seqlens=batch.cu_seqlens,
         max_seqlen=batch.max_seqlen,
         pixel_values=batch.tiles_B3HW,
+        tile_counts=batch.tile_counts,
+        vision_features=batch.features,
         logits_to_keep=batch.predict_index_Q,
     )
     # The sum over no targets is 0 with a graph (the mean would be NaN): empty micro-batches need no case of their own.

@@ -18,6 +18,7 @@ from anchorformer.errors import UserError
 from anchorformer.schema import parse_plugin, plugin_to_plain, to_plain
 from data.mixture import Mixture, open_sources
 from train.config import RunConfig
+from train.observe.checks import check_shown
 from train.plan.fit import settle
 from train.run import environment
 from train.run.folder import RunFolder
@@ -43,6 +44,7 @@ def prepare(config: RunConfig, command: Sequence[str], *, starts_here: bool = Tr
     """
     folder = run_folder(config)
     check_files(config)
+    check_shown(config)
     if starts_here:
         check_devices(config)
     config = settle(check_parts(config))
@@ -50,6 +52,7 @@ def prepare(config: RunConfig, command: Sequence[str], *, starts_here: bool = Tr
     if is_new:
         start = make_start_folder(config)
         check_samples(config, start)
+        _fill_cache(config, start)
         _create(folder.path, config.resume != "never")
     with acquired(folder.path):
         if is_new:
@@ -59,6 +62,7 @@ def prepare(config: RunConfig, command: Sequence[str], *, starts_here: bool = Tr
             folder.check_seal()
             _compare(config, folder.read_config(), folder.config)
             _compare_start(folder)
+            _fill_cache(config, folder.start)
             _fit_checkpoint(config, folder)
             folder.forget_last_end()
         texts[folder.environment.name] = json.dumps(_environment(folder, command), indent=2) + "\n"
@@ -154,7 +158,7 @@ def make_start_folder(config: RunConfig) -> Path:
             mine = folder.with_name(f"{folder.name}-{secrets.token_hex(4)}")
             assemble(
                 model.vision, model.language_model, model.selector, model.connector, mine,
-                template=config.stage.template, seed=config.seed,
+                template=config.stage.template, tiling=to_plain(model.tiling), seed=config.seed,
             )  # fmt: skip
             try:
                 mine.rename(folder)
@@ -162,7 +166,7 @@ def make_start_folder(config: RunConfig) -> Path:
                 shutil.rmtree(mine)
                 if not folder.is_dir():
                     raise
-    check_folder(folder, model.selector, model.connector, every_hash=True)
+    check_folder(folder, model.selector, model.connector, tiling=model.tiling, every_hash=True)
     return folder
 
 
@@ -223,6 +227,14 @@ def _environment(folder: RunFolder, command: Sequence[str]) -> dict[str, Any]:
     earlier = json.loads(folder.environment.read_text()) if folder.environment.is_file() else None
     before = [] if earlier is None else [*earlier.pop("before"), earlier]
     return {**environment.facts(command), "before": before}
+
+
+def _fill_cache(config: RunConfig, start: Path) -> None:
+    """What the ranks will read in place of running the tower, where there is to be such a thing."""
+    if config.data.feature_cache is not None:
+        from train.features import fill_cache  # imports torch
+
+        fill_cache(config, start)
 
 
 def _fit_checkpoint(config: RunConfig, folder: RunFolder) -> None:

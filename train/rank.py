@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import multiprocessing
 import os
@@ -34,6 +35,8 @@ from train.faults.interrupt import Interrupted, StopRequest
 from train.faults.progress import Phase, Progress
 from train.faults.replay import Order, replay
 from train.faults.watchdog import Watchdog
+from train.features import cache_of
+from train.observe.journal import read_lines
 from train.precision import choose_dtype
 from train.repro import naming_what_is_not_deterministic, set_determinism
 from train.run import environment
@@ -103,19 +106,21 @@ def run_rank(
     # Cheapest first: what can be wrong with the folder, the checkpoint or the data is found before weights are loaded.
     progress.enter(Phase.reading)
     start = folder.start
-    model_config = check_folder(start, config.model.selector, config.model.connector)
+    model_config = check_folder(start, config.model.selector, config.model.connector, tiling=config.model.tiling)
     position = checkpoint.find(folder.state, resume_from(config, folder, world), world)
     resumed = checkpoint.read_state(position, world, config) if position else None
+    dtype = choose_dtype(config.hardware.precision, world.device, model_config.text_config.hidden_size)
     processor = AutoProcessor.from_pretrained(start, local_files_only=True).with_template(config.stage.template)
     loader = Loader(
         config, processor, world.rank, world.size,
         state=resumed.loader if resumed else None, pin_memory=world.device.type == "cuda",
+        skipped=world.broadcast(skipped_until(folder.metrics, resumed.step) if resumed and world.is_main else 0),
+        features=cache_of(config, start, dtype, world.device),
     )  # fmt: skip
     if resumed:
         checkpoint.check_data(resumed, loader.data_fingerprint)
 
     progress.enter(Phase.loading)
-    dtype = choose_dtype(config.hardware.precision, world.device, model_config.text_config.hidden_size)
     with loading(config, world, dtype):
         model = load_model(start, dtype, config.model.connector)
     freeze(model, config.stage)
@@ -147,6 +152,12 @@ def resume_from(config: RunConfig, folder: RunFolder, world: World) -> str:
     """
     has_saved = world.is_main and config.resume != "auto" and checkpoint.has_saved(folder, config.resume)
     return world.broadcast("auto" if has_saved else config.resume)
+
+
+def skipped_until(metrics: Path, step: int) -> int:
+    """Samples that a run has left out of its steps up to one, as far as there is a record of them."""
+    lines = [json.loads(line) for line in read_lines(metrics)]
+    return sum(line["skipped"] for line in lines if line["step"] <= step)
 
 
 def prepare_process(config: RunConfig) -> None:

@@ -14,6 +14,8 @@ from anchorformer.selectors.base import Selector, SelectorConfig
 class AllSelectorConfig(SelectorConfig):
     """All patches in raster order; [CLS] is dropped (LLaVA-1.5's `patch` feature selection)."""
 
+    spans_tiles = True
+
     def count(self, num_tokens: int, num_heads: int, has_cls: bool) -> int:
         return num_tokens - has_cls
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from anchorformer.images import ImageTransform, normalise, open_image
+from anchorformer.tiling import Tiling
 
 
 def test_pixels(golden_root: Path, subtests: pytest.Subtests) -> None:
@@ -41,7 +43,39 @@ def test_crop_path(golden_root: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("file", ["anyres.json", "anyres_tiles.json"])
-def test_tiling(golden_root: Path, file: str) -> None:
-    assert (golden_root / "image" / file).is_file()
-    pytest.skip("comes with the tiling work")
+def _tiling(info: dict[str, Any], grid: str) -> Tiling:
+    """A published list of canvases in pixels as grids of tiles."""
+    side = info["tile"]
+    return Tiling(grids=tuple((width // side, height // side) for width, height in info["grids"][grid]))
+
+
+def test_best_grid(golden_root: Path) -> None:
+    info = json.loads((golden_root / "image" / "anyres.json").read_text("utf-8"))
+    side = info["tile"]
+    for row in info["rows"]:
+        tiling, size = _tiling(info, row["grid"]), tuple(row["size_wh"])
+        assert tiling.grid(size, side) == tuple(row["grid_cols_rows"]), row
+        assert tiling.count(size, side) == row["tiles_with_base"], row
+        if "content_box_ltrb" in row:
+            assert tiling.box(size, side) == tuple(row["content_box_ltrb"]), row
+
+
+def test_tiles(golden_root: Path, subtests: pytest.Subtests) -> None:
+    folder = golden_root / "image"
+    info = json.loads((folder / "anyres.json").read_text("utf-8"))
+    settings = json.loads((folder / "pixels.json").read_text("utf-8"))["processor"]
+    mean, std = settings["image_mean"], settings["image_std"]
+    tensors = load_file(folder / "anyres_tiles.safetensors")
+    for facts in json.loads((folder / "anyres_tiles.json").read_text("utf-8")):
+        name, grid = facts["image"], facts["grid"]
+        with subtests.test(f"{name} {grid}"):
+            transform = ImageTransform.for_statistics(info["tile"], mean, _tiling(info, grid))
+            tiles = transform.cut(open_image(folder / f"{name}.png"))
+            assert tiles.shape[0] == facts["tiles"]
+            expected = tensors[f"{name}.{grid}.tiles_u8"]
+            assert torch.equal(tiles[1:, :, ::8, ::8], expected[1:])
+            # Versions of Pillow differ in the axis along which a strip 30 times as tall as wide is squashed first.
+            most = 1 if name == "very_tall" else 0
+            assert (tiles[0, :, ::8, ::8].int() - expected[0].int()).abs().max() <= most
+            means = normalise(tiles, mean, std).mean((1, 2, 3))
+            assert (means - torch.tensor(facts["tile_means"])).abs().max() <= 1e-3
