@@ -14,7 +14,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PYTHONPATH := $(CURDIR)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install train train-full test faults chaos test-slow test-gpu test-compat lint format clean
+.PHONY: help install train train-full dashboard test faults chaos test-slow test-gpu test-compat lint format clean
 
 help: ## list all targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -47,6 +47,9 @@ train: install ## mini world, backbones, align, finetune, evaluation, report (at
 
 train-full: install ## the same with the longer recipe
 	@launch/miniworld.sh full
+
+dashboard: install ## Trackio over all runs below checkpoints/, on loopback
+	@$(PY) -m train dashboard
 
 test: install ## the CPU suite (at most 10 minutes)
 	@$(PY) -m pytest

@@ -100,6 +100,7 @@ def test_watching_changes_no_number(make_run: MakeRun) -> None:
     assert all(Image.open(folder / name).width >= 300 for one in told for name in one["overlays"])
 
 
+@pytest.mark.slow
 def test_what_was_shown_is_taken_back_with_the_run(make_run: MakeRun) -> None:
     often = {**SHOWN, "eval__every": 1, "health__every": 1, "checkpoint__every": 2}
     whole, broken = make_run("whole", ALIGN, **often), make_run("broken", ALIGN, **often, resume="auto")
@@ -149,7 +150,7 @@ def ask(world: World, folder: str) -> tuple[Any, Any, list[Any]]:
     return (*found, [*records, loss])
 
 
-@pytest.mark.parametrize("zero", [2, pytest.param(3, id="3, where a forward is a collective")])
+@pytest.mark.parametrize("zero", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_ranks_share_uneven_questions(pair: Ranks, make_run: MakeRun, zero: int) -> None:
     one = make_run("one", FINETUNE, **SHOWN)
     two = make_run("two", FINETUNE, **SHOWN, engine="deepspeed", zero__stage=zero, hardware__ranks=2)

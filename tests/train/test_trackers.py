@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from PIL import Image
 
 from anchorformer.errors import UserError
@@ -27,7 +26,7 @@ from tests.train.cases import ALIGN
 from train import rank
 from train.compose import ROOT
 from train.distributed import alone
-from train.observe import background, observer
+from train.observe import observer
 from train.observe.background import Background
 from train.observe.feed import BusyError, curves, feed
 from train.observe.journal import Journal, Tail
@@ -147,7 +146,7 @@ STUB = {
 }
 
 
-@pytest.mark.parametrize("kind", STUB)
+@pytest.mark.parametrize("kind", ["hangs", pytest.param("raises", marks=pytest.mark.slow)])
 def test_a_broken_tracker_does_not_reach_the_run(
     make_run: MakeRun, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -266,11 +265,12 @@ def synced(folder: RunFolder, *words: str, **variables: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_wandb_offline_makes_files_and_no_connection(make_run: MakeRun) -> None:
     folder = make_run("run", ALIGN, tracker=WANDB)
     write(folder, 1, 4)
     with listener() as (address, calls):
-        proxies = {name: address for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy")}
+        proxies = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy"), address)
         variables = {**proxies, "no_proxy": "", "NO_PROXY": "", "WANDB_BASE_URL": address, "WANDB_API_KEY": KEY}
         assert "4 step(s) shown" in synced(folder, **variables)
         assert "0 step(s) shown" in synced(folder, **variables)
@@ -313,6 +313,7 @@ def init(*, id, mode, **_):
 """
 
 
+@pytest.mark.slow
 def test_online_the_service_says_where_the_run_goes_on(make_run: MakeRun, tmp_path: Path) -> None:
     stub, service = tmp_path / "stub" / "wandb", tmp_path / "service"
     for folder in (stub, service):
@@ -330,6 +331,7 @@ def test_online_the_service_says_where_the_run_goes_on(make_run: MakeRun, tmp_pa
     assert [json.loads(line)[0] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_trackio_has_every_run_once(make_run: MakeRun, tmp_path: Path) -> None:
     one, other = make_run("one", ALIGN), make_run("other", ALIGN)
     words = ("tracker=trackio", f"tracker.folder={tmp_path / 'trackio'}", "tracker.group=sweep")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from anchorformer.errors import UserError
 from train.observe.trackers.trackio import TrackioConfig
+from train.run.folder import RunFolder
 from train.verbs.sync import runs_in, show, tracker_of
 
 PERIOD = 10.0
@@ -29,17 +30,21 @@ def main(arguments: list[str]) -> int:
     folders = [Path(word) for word in arguments] or [Path("checkpoints")]
     tracker = TrackioConfig()
     tracker.check()
-    is_served = False
+    sizes: dict[RunFolder, int] = {}
+    url = None
     try:
         while True:
             for run in [run for folder in folders for run in runs_in(folder)]:
-                own = tracker_of(run, {"tracker": "trackio"})
-                count = show(run, own)
-                if count:
+                size = run.metrics.stat().st_size
+                if sizes.get(run) == size:
+                    continue
+                count = show(run, tracker_of(run, {"tracker": "trackio"}))
+                if count is not None:
+                    sizes[run] = size
                     print(f"{os.path.relpath(run.path)}: {count} step(s) shown", flush=True)
-            if not is_served:
-                print(f"dashboard: {tracker.serve()} (Ctrl-C ends it)", flush=True)
-                is_served = True
+            if url is None:
+                url = tracker.serve()
+                print(f"dashboard: {url} (Ctrl-C ends it)", flush=True)
             time.sleep(PERIOD)
     except KeyboardInterrupt:
         return 0
