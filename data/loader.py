@@ -62,6 +62,7 @@ class Loader:
     Args:
         state: `state_dict()` of an earlier loader; null starts at the beginning.
         pin_memory: page-locked batches, for copies to a CUDA device that overlap with computing.
+        skipped: samples that all ranks together have skipped before `state`, for the ceiling of the whole run.
         features: filled with what the vision tower says of every tile; batches bring it along.
 
     Attributes:
@@ -82,6 +83,7 @@ class Loader:
         state: Mapping[str, int] | None = None,
         pin_memory: bool = False,
         features: FeatureCache | None = None,
+        skipped: int = 0,
     ) -> None:
         self.config, self.rank, self.world_size, self._pin_memory = config.data, rank, world_size, pin_memory
         self.mixture = Mixture(config.data, processor)
@@ -101,6 +103,7 @@ class Loader:
         self.total_steps = stage.max_steps or math.ceil((stage.epochs or 0) * len(self.mixture) / stage.global_batch)
         self._numbers: tuple[int, ...] = ()
         self._most_skipped = config.data.max_dropped_share * self.total_steps * stage.global_batch / world_size
+        self._skipped_before = skipped / world_size
         self._assembly = _Assembly(self.mixture, processor, config.data, features)
 
     def state_dict(self) -> dict[str, int]:
@@ -137,7 +140,7 @@ class Loader:
                 generator=torch.Generator().manual_seed(self._state.seed),
             )
         )
-        skipped = 0
+        skipped = self._skipped_before
         for _ in range(remaining):
             batches = [_unwrap(next(results))]
             step = planned.popleft()
@@ -146,7 +149,7 @@ class Loader:
             if skipped > self._most_skipped:
                 raise UserError(
                     f"rank {self.rank} had to skip too many samples for their images",
-                    found=skipped,
+                    found=f"{skipped:g}",
                     expected=f"at most {self._most_skipped:g}, data.max_dropped_share={self.config.max_dropped_share} "
                     "of its samples of the whole run",
                     remedy="list the bad images with `python -m data scan`, and mend or remove them",

@@ -165,7 +165,6 @@ class Loop:
         """Call after the last step; raises what `FrozenGuard.finish` does."""
         self._observer.close()
         self.frozen.finish()
-        log.info("gradients were clipped in %d step(s), no step was skipped", self._observer.clipped)
 
 
 def save(run: Run, frozen: FrozenGuard, step: int, position: dict[str, Any]) -> None:

@@ -154,6 +154,8 @@ def test_skipping_is_deterministic_and_counted(filled: Any, processor: AnchorFor
     strict = replace(run, data=replace(run.data, max_dropped_share=0.2))
     with pytest.raises(UserError, match="skip too many"):
         list(Loader(strict, processor, 0, 1))
+    with pytest.raises(UserError, match="skip too many"):
+        list(Loader(run, processor, 0, 1, skipped=3))  # before the resumption, and they count
 
 
 def test_a_micro_batch_of_bad_images_only_is_empty(corpus: Any, processor: AnchorFormerProcessor) -> None:

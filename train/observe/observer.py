@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from train.facts import StepFacts
 from train.faults.progress import Phase
 from train.observe.background import Background
 from train.observe.health import Health
-from train.observe.journal import Journal, take_back_media
+from train.observe.journal import Journal, read_lines, take_back_media
 from train.observe.metrics import Console, step_record, time_record
 from train.observe.mfu import mfu_of
 from train.observe.pace import Lag
@@ -46,15 +47,10 @@ class Taken:
 
 
 class Observer:
-    """One on every rank, since validation is the work of all; files, console and tracker are rank 0's.
-
-    Attributes:
-        clipped: steps since the start whose gradient was shortened.
-    """
+    """One on every rank, since validation is the work of all; files, console and tracker are rank 0's."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self.clipped = 0
         config, folder, world = run.config, run.folder, run.world
         self._validation = Validation(config, world) if config.eval.every is not None else None
         self._health = Health(config, world, folder.media) if config.health.every is not None else None
@@ -78,7 +74,6 @@ class Observer:
         run, step = self._run, taken.step
         grad_norm = total_norm(taken.norms)
         is_clipped = 0 < run.config.stage.clip_norm < grad_norm
-        self.clipped += is_clipped
         self._ask(step)
         if not run.world.is_main:
             return
@@ -101,6 +96,9 @@ class Observer:
         if self._run.world.is_main:
             for journal in (self._metrics, self._healths, self._evals):
                 journal.close()
+            # From the record, which also knows the steps before a resumption.
+            clipped = [json.loads(line)["clipped"] for line in read_lines(self._run.folder.metrics)]
+            log.info("gradients were clipped in %d of %d step(s), no step was skipped", sum(clipped), len(clipped))
         if self._tracker is not None:
             self._tracker.leave()
 
