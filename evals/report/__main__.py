@@ -10,8 +10,9 @@ from pathlib import Path
 from anchorformer.errors import UserError, run_guarded
 from evals.report import figures, plots, tables
 from evals.report.curves import curves
+from evals.report.entry import Entry
 from evals.report.files import read_json, replace, unreadable
-from evals.report.gathering import Entry, gather
+from evals.report.gathering import gather
 from evals.report.overlays import answers, gallery
 from evals.report.page import page
 from evals.report.parallel import parallel

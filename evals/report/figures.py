@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from evals.config import Condition
-from evals.report.gathering import Entry
+from evals.report.entry import Entry
 from evals.report.reading import Row, Stage
 
 WINDOW = 10

@@ -13,8 +13,8 @@ from typing import Any
 from anchorformer.errors import UserError
 from evals.config import Condition
 from evals.report import figures
+from evals.report.entry import Entry
 from evals.report.files import read_lines, unreadable
-from evals.report.gathering import Entry
 from evals.report.seeds import Group
 
 MAX_IMAGES, MAX_COLUMNS = 8, 8

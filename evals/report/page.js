@@ -36,6 +36,7 @@
     };
     // Plotly writes into what it is given; the next drawing needs it as it was.
     const { data, layout } = structuredClone(figure);
+    place.style.height = layout.height ? layout.height + "px" : "";
     Plotly.react(place, data, themed(layout, data), { responsive: true, displaylogo: false });
     chosen.forEach((select) => { select.onchange = () => draw(plot); });
   };

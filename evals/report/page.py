@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from anchorformer.errors import UserError
-from evals.report.gathering import Entry
+from evals.report.entry import Entry
 from evals.report.overlays import Answers, Gallery
 from evals.report.plots import Plot
 from evals.report.table import Table, written

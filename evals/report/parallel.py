@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from evals.report import figures
-from evals.report.gathering import Entry
+from evals.report.entry import Entry
 from evals.report.plots import Plot
 
 LOW_TO_HIGH = ("#7b52ab", "#3f74b5", "#21918c", "#5ec962", "#e0c91f")

@@ -8,7 +8,7 @@ from typing import Any
 
 from evals.config import Condition
 from evals.report import figures
-from evals.report.gathering import Entry
+from evals.report.entry import Entry
 from evals.report.seeds import Group, spread
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -187,7 +187,8 @@ def seeds(groups: Sequence[Group]) -> Plot | None:
                 "layout": {
                     "showlegend": False,
                     "xaxis": {"title": {"text": score}},
-                    "yaxis": {"type": "category", "autorange": "reversed"},
+                    "yaxis": {"type": "category", "autorange": "reversed", "dtick": 1},
+                    "height": max(420, 120 + 28 * len(groups)),
                 },
             }
     if not variants:

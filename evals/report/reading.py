@@ -11,6 +11,7 @@ from evals.config import Condition
 from evals.report.files import read_flat, read_json, read_lines
 
 Row = Mapping[str, Any]
+STAGE_ORDER = ("align", "finetune")
 ENDINGS = {
     "DONE": "done",
     "HALTED.json": "halted",

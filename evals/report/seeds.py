@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evals.report.gathering import Entry, short_names, spoken
+from evals.report.entry import Entry, short_names, spoken
 
 NAMES = ("run", "init_from", "resume", "output_root")
 """Config keys that only say what a run is called and where it lies."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from evals.config import Condition
 from evals.report import figures
-from evals.report.gathering import Entry
+from evals.report.entry import Entry
 from evals.report.reading import Row, Stage
 from evals.report.seeds import Group, seed_of, spread
 from evals.report.table import Column, Table, Value, markdown

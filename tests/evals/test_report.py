@@ -208,6 +208,31 @@ def test_a_sweep_of_which_a_trial_failed(tmp_path: Path) -> None:
     assert cells(text, "sum") == ["sum", f"{10 + 10 * (250 + 6 * 1.5) + 3.5:,.1f}"]
 
 
+def test_a_sweep_may_be_moved(tmp_path: Path) -> None:
+    before = report(write_sweep(tmp_path / "ablation", with_media=False))
+    (tmp_path / "ablation").rename(tmp_path / "moved")
+    assert report(tmp_path / "moved") == before.replace("# ablation", "# moved")
+
+
+def test_a_trial_of_two_grids_is_one_row(tmp_path: Path) -> None:
+    """What no grid of a trial names is what its config has."""
+    sweep = tmp_path / "ablation"
+    points = {"t0": {"selector": "random"}, "t1": {"model.connector.depth": 6}}
+    for name, point in points.items():
+        depth = point.get("model.connector.depth", 2)
+        own = config(selector=point.get("selector", "anchor"), depth=depth)
+        write_stage(sweep / "trials" / name / "finetune", [1.0], config=own)
+        (sweep / "trials" / name / "trial.json").write_text(json.dumps({"point": point, "state": "done"}))
+    listed = [{"grid": "selectors", "point": points["t0"], "trial": "t0"},
+              {"grid": "depths", "point": points["t1"], "trial": "t1"},
+              {"grid": "selectors", "point": {"selector": "anchor"}, "trial": "t1"}]  # fmt: skip
+    (sweep / "sweep.json").write_text(json.dumps({"points": listed}))
+    text = report(sweep)
+    assert cells(text, "trial")[:4] == ["trial", "grid", "selector", "depth"]
+    assert cells(text, "t0")[:4] == ["t0", "selectors", "random", "2"]
+    assert cells(text, "t1")[:4] == ["t1", "depths selectors", "anchor", "6"]
+
+
 def test_runs_that_differ_in_seeds_are_repetitions(tmp_path: Path) -> None:
     scores: Sequence[float] = (0.5, 0.6, 0.7)
     for seed, score in enumerate(scores):
