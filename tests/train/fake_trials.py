@@ -1,4 +1,4 @@
-"""Trials whose commands are one-liners, and `python -m tests.train.fake_trials FOLDER SLOTS`, a sweep of those in a folder."""
+"""Trials whose commands are one-liners, and `python -m tests.train.fake_trials FOLDER SLOTS`, a sweep of them."""
 
 from __future__ import annotations
 

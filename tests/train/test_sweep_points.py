@@ -23,6 +23,13 @@ from train.sweep.slots import share_out
 from train.sweep.trial import State, TrialFolder
 from train.sweep.words import read, text, words_for
 
+VALUES = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text("abc ,='[]{}0.e-:/é", max_size=6)
+)
 TINY = ("experiment=smoke", "engine=plain")
 
 
@@ -65,8 +72,7 @@ def test_values_on_the_command_line_are_axes() -> None:
 
 
 @settings(deadline=None)
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
-                    | st.text("abc ,='[]{}0.e-:/é", min_size=0, max_size=6), lambda inner: st.lists(inner, max_size=3)))  # fmt: skip
+@given(st.recursive(VALUES, lambda inner: st.lists(inner, max_size=3)))
 def test_a_value_comes_back_from_its_override(value: object) -> None:
     from data.overrides import alternatives
 
@@ -102,8 +108,8 @@ def test_two_spellings_are_one_trial_and_another_value_is_another() -> None:
     [(path, trial)] = base.of_points.items()
     assert path.name == trial.id
     # The experiment's depth is 2 already; threads, names and a shared file of overrides do not make it another trial.
-    same = sweep(grids={"a": {"model.selector.num_anchors": [9]}, "b": {"model.selector.num_anchors": 9,
-                 "model.connector.depth": 2, "connector": "anchor_former_tiny", "hardware.threads": 3}},
+    same = sweep(grids={"a": [{"model.selector.num_anchors": [9]}], "b": [{"model.selector.num_anchors": 9,
+                 "model.connector.depth": 2, "connector": "anchor_former_tiny", "hardware.threads": 3}]},
                  overrides=(*TINY, "hardware.ranks=1", "hardware.micro_batch=32"), seeds=(0,))  # fmt: skip
     found = plan(same)
     assert len(found.points) == 2
@@ -159,7 +165,7 @@ def test_what_is_done_stays_and_a_new_evaluation_is_what_is_left(tmp_path: Path)
 @given(cards=st.integers(0, 16), ranks=st.integers(1, 8), slots=st.none() | st.integers(1, 8))
 def test_slots_share_no_card(cards: int, ranks: int, slots: int | None) -> None:
     config = run_config(ALIGN, hardware__device="cuda", hardware__ranks=ranks, stage__global_batch=ranks)
-    asked = sweep(grids={"a": {}}, cards=list(range(cards)) or None, slots=slots) if cards else None
+    asked = sweep(grids={"a": [{}]}, cards=list(range(cards)) or None, slots=slots) if cards else None
     if asked is None:
         return
     needed = (slots or 1) * ranks
@@ -179,7 +185,15 @@ def test_on_the_cpu_slots_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 4})
     config = run_config(ALIGN)
-    one, other = share_out(sweep(grids={"a": {}}, slots=2), [config])
+    one, other = share_out(sweep(grids={"a": [{}]}, slots=2), [config])
     assert (one.cores, other.cores, one.cards) == ({0, 1}, {2, 3}, ())
-    many = share_out(sweep(grids={"a": {}}, slots=7), [config])
+    many = share_out(sweep(grids={"a": [{}]}, slots=7), [config])
     assert all(len(slot.cores) == 1 for slot in many)
+
+
+def test_the_ablation_compares_at_equal_t() -> None:
+    config = read(["sweep=miniworld_ablation"])
+    found = list(planning.points(config))
+    assert [values["seed"] for _, values in found] == sorted(values["seed"] for _, values in found)
+    assert {grid for grid, _ in found} == {"connectors", "anchors", "selectors"}
+    assert len(config.seeds) >= 3

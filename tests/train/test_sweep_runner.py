@@ -1,4 +1,4 @@
-"""The local executor of sweeps: what is executed, in which slots, and that nothing is left behind, with fake commands."""
+"""The local executor of sweeps on fake commands: what is executed, in which slots, and that nothing is left behind."""
 
 from __future__ import annotations
 

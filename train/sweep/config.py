@@ -41,9 +41,10 @@ class SweepConfig(Schema):
 
     name: str
     """Its folder under `output_root`, and the group of its runs in a tracker."""
-    grids: dict[str, dict[str, Any]]
-    """Name -> axis (config key or group, `align:` or `finetune:` before it limits it to a stage) -> one value or a
-    list of values; points that come to the same configs are one trial, in whichever grids they are."""
+    grids: dict[str, list[dict[str, Any]]]
+    """Name -> mappings of axis (config key or group; `align:` or `finetune:` before it limits it to a stage) to a value
+    or a list of values: the grid is their products, one behind the other. Points that come to the same configs are one
+    trial, in whichever grids they are."""
     overrides: tuple[str, ...] = ()
     """What all trials share, as on the command line of a run, with the same prefixes."""
     seeds: tuple[NotNegative, ...] = (0,)
@@ -67,6 +68,11 @@ class SweepConfig(Schema):
         check(self)
 
 
+def every_product(sweep: SweepConfig) -> list[tuple[str, dict[str, Any]]]:
+    """The axes of every product, with the name of its grid."""
+    return [(name, axes) for name, products in sweep.grids.items() for axes in products]
+
+
 def check(sweep: SweepConfig) -> None:
     """Checks that span several fields.
 
@@ -79,17 +85,18 @@ def check(sweep: SweepConfig) -> None:
             "the sweep's name is no folder name", found=f"name={sweep.name}", expected="letters, digits, - _ .",
             remedy="set output_root=... for another place",
         )  # fmt: skip
-    empty = [f"{grid}.{axis}" for grid, axes in sweep.grids.items() for axis, value in axes.items() if value == []]
-    if not sweep.grids or empty:
+    empty = [f"{grid}.{axis}" for grid, axes in every_product(sweep) for axis, value in axes.items() if value == []]
+    if not any(sweep.grids.values()) or empty:
         raise UserError(
             "the sweep has no points", found=", ".join(f"{name}=[]" for name in empty) or "grids={}",
             expected="at least one value on every axis", remedy="give grids.<name>.<axis> values",
         )  # fmt: skip
-    for what, values in (("seeds", sweep.seeds), ("cards", sweep.cards or (0,)), ("stages", sweep.stages)):
+    distinct = (("seeds", sweep.seeds, "0"), ("cards", sweep.cards or (0,), "0"), ("stages", sweep.stages, "align"))
+    for what, values, example in distinct:
         if not values or len(set(values)) < len(values):
             raise UserError(
                 f"{what} has to name different ones", found=f"{what}={[str(value) for value in values]}",
-                expected="at least one, and none twice", remedy=f"e.g. {what}=[0]" if what != "stages" else "stages=[align]",
+                expected="at least one, and none twice", remedy=f"e.g. {what}=[{example}]",
             )  # fmt: skip
     if sweep.stages == (StageName.finetune, StageName.align):
         raise UserError(
@@ -100,5 +107,6 @@ def check(sweep: SweepConfig) -> None:
     if idle:
         raise UserError(
             "evals are asked of a stage that is not run", found=", ".join(f"evals.{stage}" for stage in idle),
-            expected=f"stages={[stage.value for stage in sweep.stages]}", remedy=f"drop evals.{idle[0]}, or add the stage",
+            expected=f"stages={[stage.value for stage in sweep.stages]}",
+            remedy=f"drop evals.{idle[0]}, or add the stage",
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""From a sweep's grids to its trials: every point composed as a run is, checked, and named by the hash of its configs."""
+"""From a sweep's grids to its trials: every point composed as a run is, and named by the hash of its configs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from train.compose import compose
 from train.config import RunConfig, StageName
 from train.prepare import check_parts
 from train.run.identity import numbers_digest
-from train.sweep.config import SweepConfig
+from train.sweep.config import SweepConfig, every_product
 from train.sweep.trial import State, Step, Trial, TrialFolder
 from train.sweep.words import words_for
 
@@ -89,10 +89,10 @@ def plan(sweep: SweepConfig) -> Plan:
 
 
 def points(sweep: SweepConfig) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Grid and values of every point: the product of the grid's axes and the seeds, the last axis fastest."""
-    for grid, axes in sweep.grids.items():
-        columns = [value if isinstance(value, list) else [value] for value in axes.values()]
-        for seed in sweep.seeds:
+    """Grid and values of every point, the last axis fastest; seed by seed, so that half a sweep can be compared."""
+    for seed in sweep.seeds:
+        for grid, axes in every_product(sweep):
+            columns = [value if isinstance(value, list) else [value] for value in axes.values()]
             for values in itertools.product(*columns):
                 yield grid, {**dict(zip(axes, values, strict=True)), "seed": seed}
 
@@ -156,8 +156,8 @@ def _add(
 
 
 def _trial(
-    digest: str, values: dict[str, Any], words: Mapping[StageName, Sequence[str]], configs: Mapping[StageName, RunConfig],
-    runs: Mapping[StageName, Path], sweep: SweepConfig, start: Path | None,
+    digest: str, values: dict[str, Any], words: Mapping[StageName, Sequence[str]],
+    configs: Mapping[StageName, RunConfig], runs: Mapping[StageName, Path], sweep: SweepConfig, start: Path | None,
 ) -> Trial:  # fmt: skip
     steps: list[Step] = []
     for stage, config in configs.items():
@@ -172,7 +172,10 @@ def _trial(
         steps.append(Step(name=stage.value, argv=train, run=str(path), numbers=numbers_digest(named)))
         asked = sweep.evals.get(stage)
         if asked:
-            evals = (sys.executable, "-m", "evals", f"model={path}", f"data.root={config.data.root}", *asked)
+            data = [f"data.root={config.data.root}"]
+            if config.data.feature_cache is not None:
+                data.append(f"data.feature_cache={config.data.feature_cache}")
+            evals = (sys.executable, "-m", "evals", f"model={path}", *data, *asked)
             steps.append(Step(name=" ".join(("evals", stage.value, *asked)), argv=evals))
     overrides = list(dict.fromkeys(word for stage in configs for word in words[stage]))
     return Trial(

@@ -1,4 +1,4 @@
-"""What a sweep came to, from its files alone: one row per point, on the terminal and as summary.csv and summary.json."""
+"""What a sweep came to, from its files alone: one row per point, on the terminal and as summary.csv and .json."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CONDITION = "right"
 
 
 def write_definition(sweep: SweepConfig, plan: Plan, command: Sequence[str]) -> None:
-    """Writes `sweep.json`: the definition, every point with its trial, and when and by which command it was last given."""
+    """Writes `sweep.json`: the definition, every point with its trial, and the last command with its time."""
     named = plan.of_points
     facts = {
         "name": sweep.name,

@@ -122,7 +122,7 @@ class TrialFolder:
             return pydantic.TypeAdapter(Trial).validate_json(file.read_bytes())
         except pydantic.ValidationError as error:
             raise UserError(
-                f"{file} cannot be read", found=" ".join(str(error).split())[:200], expected="the file as the sweep left it",
+                f"{file} cannot be read", found=" ".join(str(error).split())[:200], expected="as the sweep left it",
                 remedy=f"delete {self.path} to execute this trial again",
             ) from None  # fmt: skip
 
@@ -212,7 +212,7 @@ class Attempt:
             log.flush()
             self._command = subprocess.Popen(
                 argv, env=dict(environment), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                preexec_fn=partial(end_with_parent, signal.SIGTERM, os.getpid()),  # noqa: PLW1509 (one thread)
+                preexec_fn=partial(end_with_parent, signal.SIGTERM, os.getpid()),
             )  # fmt: skip
             if self.signal:
                 self._command.terminate()  # it came before there was anything to hand it on to

@@ -12,7 +12,7 @@ from anchorformer.errors import UserError
 from anchorformer.schema import parse
 from data.overrides import CommandLine, alternatives
 from train.config import StageName
-from train.sweep.config import SweepConfig
+from train.sweep.config import SweepConfig, every_product
 
 COMMAND_LINE = CommandLine(command="python -m train sweep", config="sweep", schema=SweepConfig)
 OWN = {"sweep", *(field.name for field in dataclasses.fields(SweepConfig))}
@@ -26,9 +26,9 @@ _READ_AS_OTHER = re.compile(r"(?i)true|false|null|nan|inf|[\d._]+(e[-+]?\d+)?")
 def read(arguments: Sequence[str]) -> SweepConfig:
     """The sweep that a command line means.
 
-    A key of `SweepConfig` is the sweep's own; every other word goes to all runs behind the sweep's `overrides`. One with
-    several values (`model.connector.depth=1,2`) is an axis of every grid, and takes the place of the one it has; so
-    does one with a single value where the grid has that axis.
+    A key of `SweepConfig` is the sweep's own; every other word goes to all runs behind the sweep's `overrides`. One
+    with several values (`model.connector.depth=1,2`) is an axis of every product, and takes the place of the one it
+    has; so does one with a single value where the product has that axis.
 
     Raises:
         UserError: what `CommandLine` raises for the sweep's own words; a key that the sweep itself gives to its runs.
@@ -36,20 +36,22 @@ def read(arguments: Sequence[str]) -> SweepConfig:
     own = [text for text in arguments if key_of(text).partition(".")[0] in OWN]
     others = [text for text in arguments if text not in own]
     composed = COMMAND_LINE.compose(COMMAND_LINE.read(own))
-    grids = composed.get("grids") or {"axes": {}}
-    fixed = list(composed.get("overrides", ()))
+    composed["grids"] = composed.get("grids") or {"points": [{}]}
+    sweep = parse(SweepConfig, composed, COMMAND_LINE.command, COMMAND_LINE.remedy)
+    fixed = list(sweep.overrides)
     for text in others:
         stage, word = split_stage(text)
         key, values = alternatives(word) or (word, [None])
         axis = f"{stage.value}:{key}" if stage else key
-        for grid in grids.values():
-            if len(values) > 1 or axis in grid:
-                grid[axis] = values
+        for _, axes in every_product(sweep):
+            if len(values) > 1 or axis in axes:
+                axes[axis] = values
         if len(values) == 1:
             fixed.append(text)
-    composed |= {"grids": grids, "overrides": fixed}
-    sweep = parse(SweepConfig, composed, COMMAND_LINE.command, COMMAND_LINE.remedy)
-    for key in [key_of(text) for text in (*sweep.overrides, *(axis for grid in sweep.grids.values() for axis in grid))]:
+    sweep = dataclasses.replace(sweep, overrides=tuple(fixed))
+    for key in [
+        key_of(text) for text in (*sweep.overrides, *(axis for _, axes in every_product(sweep) for axis in axes))
+    ]:
         if key in GIVEN_BY_THE_SWEEP:
             raise UserError(
                 f"'{key}' is given to each run by the sweep", found=key, expected=f"any other key than "
@@ -65,7 +67,7 @@ def read(arguments: Sequence[str]) -> SweepConfig:
 
 def key_of(text: str) -> str:
     """The key of a word or an axis, without a stage before it."""
-    return split_stage(text)[1].partition("=")[0].lstrip("+")
+    return split_stage(text)[1].partition("=")[0].lstrip("+~")
 
 
 def split_stage(text: str) -> tuple[StageName | None, str]:

@@ -68,13 +68,15 @@ def _run(sweep: SweepConfig, made: Plan, runner: Runner) -> dict[Path, State]:
     named = made.of_points
     ended = (State.done, State.failed)
     already = sum(TrialFolder(path).state() is State.done for path in named)
-    with tqdm(total=len(named), initial=already, unit="trial", desc=sweep.name, mininterval=1.0) as bar:
+    # Without a terminal there is no bar, and a line for every change has to do.
+    with tqdm(total=len(named), initial=already, unit="trial", desc=sweep.name, disable=None) as bar:
 
         def tell(path: Path, state: State) -> None:
-            values = ", ".join(f"{axis}={value}" for axis, value in made.trials[path].point.items())
-            bar.write(f"{path.relative_to(made.folder)} {state.value}: {values}", file=sys.stdout)
             if path in named and state in ended:
                 bar.update()
+            values = ", ".join(f"{axis.rpartition('.')[2]}={value}" for axis, value in made.trials[path].point.items())
+            bar.write(f"{path.relative_to(made.folder)} {state.value}: {values}", file=sys.stdout)
+            sys.stdout.flush()
 
         runner.on_change = tell
         return runner.run()
