@@ -16,6 +16,7 @@ from data.overrides import CONF, CommandLine, Override, check_option, options, v
 from data.usage import HELP, defaults, listed
 from evals.config import Condition, EvalConfig
 from evals.prepare import prepare
+from evals.workers import run_shares
 
 COMMAND_LINE = CommandLine(command="python -m evals", config="evals", schema=EvalConfig, keys=("task",))
 
@@ -59,15 +60,25 @@ def main() -> int:
     folder = model_folder(config.model, "model", "config.json")
     prepared = prepare(config)
     # Only now: everything above answers within a second, because none of it needs torch.
-    from evals.respondent import load
-    from evals.runner import evaluate, line
+    from evals.respondent import load, num_cards
+    from evals.runner import evaluate, line, put_together
 
-    respondent = load(folder, config, [question for _, questions in prepared.values() for question in questions])
-    out = Path(config.out) if config.out else Path(config.model) / "evals"
-    for result in evaluate(config, prepared, respondent, respondent.facts, out):
+    out = out_folder(config)
+    if config.ranks > 1:
+        run_shares(sys.argv[1:], config.ranks, num_cards(config.device))
+        found = put_together(config, prepared, out)
+    else:
+        respondent = load(folder, config, [question for _, questions in prepared.values() for question in questions])
+        found = evaluate(config, prepared, respondent, respondent.facts, out)
+    for result in found:
         print(line(result), flush=True)
     print(f"predictions and results: {out}")
     return 0
+
+
+def out_folder(config: EvalConfig) -> Path:
+    """Where predictions and results go."""
+    return Path(config.out) if config.out else Path(config.model) / "evals"
 
 
 def _in_full(override: str) -> list[str]:

@@ -58,6 +58,8 @@ class EvalConfig(Schema):
     """Every task is run once per condition."""
     batch_size: int = 64
     """Questions answered together; scores do not depend on it."""
+    ranks: int = 1
+    """Processes that share the questions, one per card or each with its part of the cores."""
     limit: int | None = None
     """So many questions of each task, spread evenly over it; null asks all."""
     seed: int = 0
@@ -78,10 +80,15 @@ class EvalConfig(Schema):
                 expected="at least one name of conf/eval",
                 remedy="add task=docvqa_val, or several as task=[docvqa_val,chartqa_test]",
             )
-        for name in ("batch_size", "limit"):
+        for name in ("batch_size", "limit", "ranks"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UserError(f"{name} is too small", found=value, expected="1 or more", remedy=f"set {name}=64")
+                raise UserError(
+                    f"{name} is too small",
+                    found=value,
+                    expected="1 or more",
+                    remedy=f"set {name}=1, or more",
+                )
         if not self.conditions or len(set(self.conditions)) < len(self.conditions):
             raise UserError(
                 "conditions must name each once",

@@ -123,7 +123,7 @@ def test_an_old_score_never_stands_beside_new_predictions(tmp_path: Path, monkey
     def fail(*_: object, **__: object) -> str:
         raise OSError("disk full")
 
-    monkeypatch.setattr("evals.results.json.dumps", fail)
+    monkeypatch.setattr("evals.results.prompt_digest", fail)
     with pytest.raises(OSError, match="disk full"):
         run(tmp_path, VqaTask(source={}), asked, Condition.right)
     assert not stored.exists()
