@@ -73,7 +73,7 @@ def tracker_of(run: RunFolder, values: dict[str, str]) -> TrackerConfig:
     if "tracker" in values:
         check_option("tracker", values["tracker"], options("tracker"), "name a file of conf/tracker")
         names = {key: spec[key] for key in ("project", "group", "name") if key in spec}
-        spec = {**yaml.safe_load((CONF / "tracker" / f"{values['tracker']}.yaml").read_text()), **names}
+        spec = yaml.safe_load((CONF / "tracker" / f"{values['tracker']}.yaml").read_text()) | names
     spec |= {key.removeprefix("tracker."): yaml.safe_load(text) for key, text in values.items() if key != "tracker"}
     tracker = parse_tracker(spec)
     if not tracker.is_on:

@@ -76,7 +76,7 @@ class WandbRun:
     def __init__(self, config: WandbConfig, subject: Subject) -> None:
         self._config, self._subject = config, subject
         self._path = subject.folder / "wandb.json"
-        self._notes: dict[str, Any] = {"id": secrets.token_hex(4), "shown": 0, "sessions": []} | read_notes(self._path)
+        self._notes: dict[str, Any] = {"id": secrets.token_hex(4), "shown": 0, "sessions": [], **read_notes(self._path)}
         write_notes(self._path, self._notes)
         self._wandb: Any = None
         self._run: Any = None
@@ -86,13 +86,13 @@ class WandbRun:
                     shutil.rmtree(folder)
             self.shown = int(self._notes["shown"])
         else:
-            self._start()
+            self._run = self._start()
             self.shown = int(self._run.step) - 1
 
     def log(self, step: int, values: Mapping[str, float], pictures: Sequence[Picture]) -> None:
         """Adds a step."""
         if self._run is None:  # only now, or a session without steps would be left behind
-            self._start()
+            self._run = self._start()
         images = {one.name: self._wandb.Image(str(one.path), caption=one.caption) for one in pictures}
         self._run.log({**values, **images}, step=step)
         self.shown = step
@@ -106,7 +106,7 @@ class WandbRun:
             sessions = [folder.name for folder in self._sessions()]
             write_notes(self._path, self._notes | {"shown": self.shown, "sessions": sessions})
 
-    def _start(self) -> None:
+    def _start(self) -> Any:
         import wandb
 
         config, subject = self._config, self._subject
@@ -116,7 +116,7 @@ class WandbRun:
             x_disable_meta=True, x_disable_stats=True, x_disable_machine_info=True,
         )  # fmt: skip
         self._wandb = wandb
-        self._run = wandb.init(
+        return wandb.init(
             project=config.project, entity=config.entity, group=config.group, name=config.name or subject.name,
             id=self._notes["id"], resume="allow", mode=config.mode.value, dir=str(subject.folder),
             config=dict(subject.config), settings=settings,
