@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -26,55 +26,7 @@ from anchorformer.kernels.vision_attention import (
     pop_received,
 )
 from anchorformer.selectors.base import names_without_cls
-
-
-@dataclass(frozen=True)
-class _Family:
-    """Where a family of towers keeps its parts.
-
-    Attributes:
-        layers: path of the list of blocks.
-        embed: pixels to the first block's input, hidden state 0.
-        final_norm: the norm behind the last block.
-        unused: modules behind that norm.
-        unused_parameters: parameters that no forward reads.
-        has_cls: whether token 0 is [CLS].
-    """
-
-    layers: str
-    embed: Callable[[Any, Tensor], Tensor]
-    final_norm: str
-    unused: tuple[str, ...] = ()
-    unused_parameters: tuple[str, ...] = ()
-    has_cls: bool = True
-
-
-def _dinov2() -> _Family:
-    return _Family(
-        layers="encoder.layer",
-        embed=lambda model, pixels: model.embeddings(pixels),
-        final_norm="layernorm",
-        unused_parameters=("embeddings.mask_token",),
-    )
-
-
-FAMILIES = {
-    "clip_vision_model": _Family(
-        layers="encoder.layers",
-        embed=lambda model, pixels: model.pre_layrnorm(model.embeddings(pixels)),
-        final_norm="post_layernorm",
-    ),
-    "siglip_vision_model": _Family(
-        layers="encoder.layers",
-        embed=lambda model, pixels: model.embeddings(pixels),
-        final_norm="post_layernorm",
-        unused=("head",),
-        has_cls=False,
-    ),
-    "dinov2": _dinov2(),
-    "dinov2_with_registers": _dinov2(),
-}
-"""Towers that can be used, by the `model_type` of their vision config."""
+from anchorformer.vision_families import attention_of, family_of, vision_config
 
 
 class VisionTower(nn.Module):
@@ -100,7 +52,7 @@ class VisionTower(nn.Module):
         """
         super().__init__()
         config = model.config
-        self._family = _family(config)
+        self._family = family_of(config)
         self.needs = needs
         self.has_cls = self._family.has_cls
         self.num_registers = int(getattr(config, "num_register_tokens", 0))
@@ -122,9 +74,10 @@ class VisionTower(nn.Module):
         model.set_attn_implementation(VISION_ATTENTION)
         for number, layer in enumerate(layers, start=1):
             if self._reads_cls_row(number):
-                park_cls_scores(_attention(layer))
+                park_cls_scores(attention_of(layer))
             if needs.received and number == self._tapped.layer:
-                park_received(_attention(layer))
+                park_received(attention_of(layer))
+        self._freeze_what_only_ranks()
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig, needs: VisionNeeds) -> VisionTower:
@@ -133,9 +86,9 @@ class VisionTower(nn.Module):
         Raises:
             UserError: as the constructor.
         """
-        config = copy.deepcopy(_vision_config(config))
-        _family(config)
-        _check_cls(config, _family(config).has_cls, needs)
+        config = copy.deepcopy(vision_config(config))
+        family_of(config)
+        _check_cls(config, family_of(config).has_cls, needs)
         # Layers are counted from the front before the blocks are cut: that holds for what is left, too.
         tapped = _resolved(needs, config.num_hidden_layers)
         config.num_hidden_layers = _num_layers_needed(tapped, config.num_hidden_layers)
@@ -151,9 +104,9 @@ class VisionTower(nn.Module):
             UserError: tensors missing or of another shape; and as the constructor.
         """
         full = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        config = _vision_config(full)
-        _family(config)
-        _check_cls(config, _family(config).has_cls, needs)
+        config = vision_config(full)
+        family_of(config)
+        _check_cls(config, family_of(config).has_cls, needs)
         model_class = AutoModel._model_mapping[type(config)]
         with _quiet_loading():
             model, report = model_class.from_pretrained(
@@ -177,6 +130,12 @@ class VisionTower(nn.Module):
     @property
     def frozen(self) -> bool:
         return not any(parameter.requires_grad for parameter in self.model.parameters())
+
+    def requires_grad_(self, requires_grad: bool = True) -> VisionTower:
+        """What lies behind the tapped layer only ranks patches: no gradient reaches it, and it is never trained."""
+        super().requires_grad_(requires_grad)
+        self._freeze_what_only_ranks()
+        return self
 
     def train(self, mode: bool = True) -> VisionTower:
         """Frozen towers stay in eval mode: their dropout and stochastic depth would only add noise."""
@@ -214,10 +173,10 @@ class VisionTower(nn.Module):
         for number, layer in zip(range(1, tapped.layer + 1), self._layers, strict=False):
             tokens = self._run(layer, tokens)
             if self._reads_cls_row(number):
-                scores = self._left(pop_cls_scores(_attention(layer)))
+                scores = self._left(pop_cls_scores(attention_of(layer)))
                 if tapped.cls_attention_from is not None:
                     rows.append(scores.softmax(-1).mean(1))
-        received = self._left(pop_received(_attention(self._layers[tapped.layer - 1]))) if tapped.received else None
+        received = self._left(pop_received(attention_of(self._layers[tapped.layer - 1]))) if tapped.received else None
         return VisionFeatures(
             tokens_BNV=self._without_registers(tokens, 1),
             cls_scores_BHN=self._without_registers(scores, 2) if tapped.cls_scores and scores is not None else None,
@@ -232,7 +191,17 @@ class VisionTower(nn.Module):
     def _final(self, tokens: Tensor) -> Tensor:
         for layer in islice(self._layers, self._tapped.layer, None):
             tokens = self._run(layer, tokens)
-        return cast(Tensor, self.model.get_submodule(self._family.final_norm)(tokens))
+        return cast(Tensor, self._final_norm(tokens))
+
+    def _freeze_what_only_ranks(self) -> None:
+        for layer in islice(self._layers, self.tapped_layer, None):
+            layer.requires_grad_(False)
+        if self.needs.final:
+            self._final_norm.requires_grad_(False)
+
+    @property
+    def _final_norm(self) -> nn.Module:
+        return self.model.get_submodule(self._family.final_norm)
 
     def _run(self, layer: nn.Module, tokens: Tensor) -> Tensor:
         return cast(Tensor, layer(tokens, attention_mask=None) if self._takes_mask else layer(tokens))
@@ -282,12 +251,6 @@ def image_key(pixels_B3HW: Tensor) -> Tensor:
     return (levels_BP * (weights_P & 0xFFFFFFFF)).sum(1) & 0xFFFFFFFF
 
 
-def _attention(layer: nn.Module) -> nn.Module:
-    """The module of a block that calls the attention function; its place in the block varies by version."""
-    (attention,) = (module for module in layer.modules() if hasattr(module, "is_causal"))
-    return attention
-
-
 @contextmanager
 def _quiet_loading() -> Iterator[None]:
     """Without transformers' table of a whole CLIP's text half, left out on purpose; gaps are reported by the caller."""
@@ -297,23 +260,6 @@ def _quiet_loading() -> Iterator[None]:
         yield
     finally:
         transformers_logging.set_verbosity(before)
-
-
-def _vision_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The tower's own config where a config of a two-tower model was given."""
-    return cast(PreTrainedConfig, getattr(config, "vision_config", config))
-
-
-def _family(config: PreTrainedConfig) -> _Family:
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise UserError(
-            "this vision tower is not supported",
-            found=f"model_type={config.model_type!r}",
-            expected=f"one of {sorted(FAMILIES)}",
-            remedy="choose such a tower, or add its family to vision.py",
-        )
-    return family
 
 
 def _check_cls(config: PreTrainedConfig, has_cls: bool, needs: VisionNeeds) -> None:

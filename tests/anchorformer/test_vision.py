@@ -28,7 +28,8 @@ from anchorformer.contracts import VisionNeeds
 from anchorformer.errors import UserError
 from anchorformer.kernels import received
 from anchorformer.selectors.anchor import AnchorSelectorConfig, select_anchors
-from anchorformer.vision import FAMILIES, VisionTower, image_key
+from anchorformer.vision import VisionTower, image_key
+from anchorformer.vision_families import FAMILIES
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -193,6 +194,18 @@ def test_an_unfrozen_tower_trains_every_parameter(family: str) -> None:
             assert parameter.grad.abs().max() > 0, name
     if features.cls_scores_BHN is not None:
         assert not features.cls_scores_BHN.requires_grad
+
+
+def test_what_only_ranks_patches_is_never_trained() -> None:
+    tower = VisionTower(_stock("clip_vision_model"), VisionNeeds(layer=2, final=True)).requires_grad_(True).train()
+    features = tower(_pixels())
+    assert features.final_BNV is not None
+    assert not features.final_BNV.requires_grad
+    features.tokens_BNV.square().sum().backward()
+    trained = {name for name, parameter in tower.named_parameters() if parameter.requires_grad}
+    behind = ("layers.2", "layers.3", "post_layernorm")
+    assert trained == {name for name in tower.state_dict() if not any(part in name for part in behind)}
+    assert trained == {name for name, parameter in tower.named_parameters() if parameter.grad is not None}
 
 
 def test_a_frozen_tower_has_no_graph_but_its_features_can_be_trained_through() -> None:
