@@ -23,6 +23,7 @@ MAX_SIDE = 384
 """Pixels of an overlay's longer side on the page."""
 MAX_PIXELS = 2**24
 """Largest overlay that is opened."""
+PREDICTION = ("id", "prediction", "references", "score")
 QUESTIONS = 6
 """Questions of each task whose answers are shown."""
 
@@ -90,7 +91,9 @@ def answers(groups: Sequence[Group]) -> list[Answers]:
     firsts = [(group.label, group.entries[0]) for group in groups][:MAX_COLUMNS]
     for task in figures.answered_tasks(entry for _, entry in firsts):
         asked = [(label, rows) for label, entry in firsts if (rows := _predictions(entry, task))]
-        common = [name for name in (asked[0][1] if asked else ()) if all(name in rows for _, rows in asked)]
+        # By id, prompt and references: another world, or another prompt, may use the same ids.
+        common = [name for name, row in (asked[0][1] if asked else {}).items()
+                  if all(_question(rows.get(name)) == _question(row) for _, rows in asked)]  # fmt: skip
         lines = []
         for name in common[:QUESTIONS]:
             references = ", ".join(map(str, asked[0][1][name]["references"]))
@@ -146,12 +149,16 @@ def _embedded(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
+def _question(row: Mapping[str, Any] | None) -> tuple[Any, ...] | None:
+    return None if row is None else (row.get("prompt_sha256"), row["references"])
+
+
 def _predictions(entry: Entry, task: str) -> dict[str, dict[str, Any]]:
     for stage in reversed(entry.stages):
         result = stage.results.get(task, {}).get(Condition.right)
         if result and "predictions" in result:
             # The name alone: a result that was edited must not make the report read another file.
             path = stage.path / "evals" / Path(result["predictions"]).name
-            rows, _ = read_lines(path) if path.is_file() else ([], False)
+            rows, _ = read_lines(path, PREDICTION) if path.is_file() else ([], False)
             return {str(row["id"]): row for row in rows}
     return {}

@@ -155,8 +155,8 @@ def notes(entries: Sequence[Entry]) -> list[str]:
     ]  # fmt: skip
     told += [f"{_where(entry, stage, entries)}: {note}" for entry, stage in _stages(entries) for note in stage.notes]
     told += [
-        f"{task} was not asked alike everywhere, so its scores do not compare; different: {', '.join(unlike)}"
-        for task, unlike in _unlike(entries).items()
+        f"not asked alike everywhere, so that scores do not compare: {', '.join(tasks)} (different: {unlike})"
+        for unlike, tasks in _unlike(entries).items()
     ]
     unfinished: dict[str, list[str]] = {}
     for entry in entries:
@@ -238,16 +238,18 @@ def _gain(by_condition: Mapping[Condition, Row]) -> float | None:
 
 
 def _unlike(entries: Sequence[Entry]) -> dict[str, list[str]]:
-    """Task -> what decides a score and is not the same in all results of it."""
+    """What decides a score and is not the same in all results of a task -> the tasks of which that is true."""
     asked: dict[str, list[Row]] = {}
     for entry in entries:
         for task, result in figures.scored(entry).items():
             asked.setdefault(task, []).append(result)
-    unlike = {
-        task: [key for key in DECISIVE if len({json.dumps(result.get(key), sort_keys=True) for result in results}) > 1]
-        for task, results in asked.items()
-    }
-    return {task: keys for task, keys in unlike.items() if keys}
+    found: dict[str, list[str]] = {}
+    for task, results in asked.items():
+        seen = {key: {json.dumps(result.get(key), sort_keys=True) for result in results} for key in DECISIVE}
+        unlike = [key for key, values in seen.items() if len(values) > 1]
+        if unlike:
+            found.setdefault(", ".join(unlike), []).append(task)
+    return found
 
 
 def _commits(group: Group) -> set[str]:

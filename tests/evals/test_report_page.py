@@ -152,9 +152,11 @@ def test_answers_to_questions_that_all_were_asked(tmp_path: Path) -> None:
     runs = [write_stage(tmp_path / name, [1.0], {"doc": {"right": 0.5}}, config=config(depth=len(name))) for name in
             ("a", "bb")]  # fmt: skip
     predictions = runs[1] / "evals" / "doc-right.jsonl"
-    predictions.write_text("\n".join(predictions.read_text().splitlines()[1:]) + "\n")
+    _, *others = map(json.loads, predictions.read_text().splitlines())
+    others[-1]["prompt_sha256"] = "another prompt"
+    predictions.write_text("".join(json.dumps(row) + "\n" for row in others))
     (found,) = answers(group(gather(runs)))
-    assert [(name, references) for name, references, _ in found.rows] == [("q1", "x & y"), ("q2", "x & y")]
+    assert [(name, references) for name, references, _ in found.rows] == [("q1", "x & y")]
     assert found.rows[0][2] == [("<b>right</b>", 1.0), ("<b>right</b>", 1.0)]
 
 
