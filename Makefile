@@ -14,7 +14,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PYTHONPATH := $(CURDIR)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install train train-full dashboard test faults chaos test-slow test-gpu test-compat lint format clean
+.PHONY: help install train train-full sweep ablation dashboard test faults chaos test-slow test-gpu test-compat lint format clean
 
 help: ## list all targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -47,6 +47,16 @@ train: install ## mini world, backbones, align, finetune, evaluation, report (at
 
 train-full: install ## the same with the longer recipe
 	@launch/miniworld.sh full
+
+sweep: install ## smoke: 12 points of anchors and depth on the mini world, and their report (at most 30 minutes on 2 cores)
+	@$(PY) -m miniworld --budget smoke --out $(WORLD)
+	@$(PY) -m train sweep sweep=miniworld_smoke
+	@$(PY) -m evals.report checkpoints/miniworld_smoke
+
+ablation: install ## connectors, anchors and selectors of the mini world, three seeds each (hours; goes on where it was stopped)
+	@$(PY) -m miniworld --budget train --out $(WORLD)
+	@$(PY) -m train sweep sweep=miniworld_ablation
+	@$(PY) -m evals.report checkpoints/miniworld_ablation
 
 dashboard: install ## Trackio over all runs below checkpoints/, on loopback
 	@$(PY) -m train dashboard

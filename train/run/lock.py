@@ -173,6 +173,15 @@ def _living(folder: Path) -> list[Report]:
     return [report for report in near if began(report.pid) == report.began] + far
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a process that may be alive holds a folder; leaves the lock as it is."""
+    path = folder / FILE
+    if not path.exists():
+        return False
+    holder = _read(path)
+    return not (_is_abandoned(path) if holder is None else holder.is_gone(Holder.myself()))
+
+
 def _read(path: Path) -> Holder | None:
     try:
         return Holder(**json.loads(path.read_text()))

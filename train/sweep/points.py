@@ -20,7 +20,7 @@ from train.prepare import check_parts
 from train.run.identity import numbers_digest
 from train.sweep.config import SweepConfig, every_product
 from train.sweep.trial import State, Step, Trial, TrialFolder
-from train.sweep.words import words_for
+from train.sweep.words import key_of, words_for
 
 NOT_HASHED = ("run", "resume", "output_root", "log", "checkpoint", "watchdog", "eval", "health", "tracker")
 """Groups and keys of a config that name, show or save a run; with other values of these a trial is still the same."""
@@ -76,7 +76,7 @@ def plan(sweep: SweepConfig) -> Plan:
         try:
             words = {stage: words_for(stage, sweep.overrides, values) for stage in sweep.stages}
             # Nothing else of a config depends on the seed, so that it is composed once for all of them.
-            unseeded = {stage: tuple(word for word in words[stage] if not word.startswith("seed=")) for stage in words}
+            unseeded = {stage: tuple(word for word in words[stage] if key_of(word) != "seed") for stage in words}
             configs = {stage: replace(composed(stage, unseeded[stage]), seed=values["seed"]) for stage in words}
         except UserError as error:
             where = ", ".join(f"{axis}={value}" for axis, value in values.items())
@@ -110,7 +110,7 @@ def config_hash(configs: Mapping[StageName, RunConfig]) -> str:
 def _config(stage: StageName, words: Sequence[str], sweep: SweepConfig) -> RunConfig:
     given = [f"stage={stage.value}", f"run={sweep.name}", "resume=auto", f"output_root={sweep.output_root}"]
     if _starts_from_align(stage, sweep):
-        if any(word.startswith("init_from=") for word in words):
+        if any(key_of(word) == "init_from" for word in words):
             raise UserError(
                 "init_from is given to finetune by the sweep", found="init_from", expected="align:init_from=...",
                 remedy="or stages=[finetune], which starts from what init_from names",
@@ -168,6 +168,8 @@ def _trial(
         given = [f"stage={stage.value}", f"run={named.run}", "resume=auto", f"output_root={sweep.output_root}"]
         if named.init_from and _starts_from_align(stage, sweep):
             given.append(f"init_from={named.init_from}")
+        if not any(key_of(word) == "tracker.group" for word in words[stage]):
+            given.append(f"tracker.group={sweep.name}")
         train = (sys.executable, "-m", "train", "run", *given, *words[stage])
         steps.append(Step(name=stage.value, argv=train, run=str(path), numbers=numbers_digest(named)))
         asked = sweep.evals.get(stage)

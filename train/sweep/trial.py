@@ -140,21 +140,15 @@ class TrialFolder:
 
     def is_held(self) -> bool:
         """Whether a process that may be alive executes it."""
-        if not (self.path / lock.FILE).exists():
-            return False
-        try:
-            lock.acquire(self.path)
-        except UserError:
-            return True
-        lock.release(self.path)
-        return False
+        return lock.is_held(self.path)
 
     def state(self) -> State:
         """The state as it is, whatever a process that was killed has left written."""
         trial = self.read()
-        if trial is None:
-            return State.pending
-        return State.interrupted if trial.state is State.running and not self.is_held() else trial.state
+        if trial is not None and trial.state is State.running and not self.is_held():
+            trial = self.read()  # it may have come to its end since it was read
+            return State.interrupted if trial is None or trial.state is State.running else trial.state
+        return State.pending if trial is None else trial.state
 
     def last_lines(self) -> list[str]:
         """The end of the log."""
