@@ -21,6 +21,7 @@ from anchorformer.contracts import VisionFeatures
 from anchorformer.errors import UserError
 from anchorformer.modeling import AnchorFormerForConditionalGeneration
 from anchorformer.processing import AnchorFormerProcessor
+from anchorformer.schema import to_plain
 from anchorformer.weights import MANIFEST, check_folder, load_model, sha256
 from data.collate import collate
 from data.config import OnBad
@@ -156,8 +157,7 @@ def load(folder: Path, config: EvalConfig, questions: Sequence[Question] = ()) -
         "model": str(folder),
         "model_sha256": sha256(folder / MANIFEST),
         "template": processor.template,
-        "visual_tokens_per_image": processor.num_image_tokens,
-        "image_size": processor.image_transform.image_size,
+        **_visual(processor),
         "precision": precision.value,
         "vision_features": "live" if features is None else "cached",  # which took no time then
         "machine": machine(device),
@@ -168,6 +168,17 @@ def load(folder: Path, config: EvalConfig, questions: Sequence[Question] = ()) -
         },
     }
     return ModelRespondent(model, processor, config.batch_size, facts, features=features)
+
+
+def _visual(processor: AnchorFormerProcessor) -> dict[str, Any]:
+    """What the language model sees of an image: of one with the most tiles, where they depend on its size."""
+    transform = processor.image_transform
+    tiling = transform.tiling
+    return {
+        "visual_tokens_per_image": processor.num_image_tokens * tiling.views(max(tiling.counts)),
+        "image_size": transform.image_size,
+        **({"tiling": to_plain(tiling)} if tiling.grids else {}),
+    }
 
 
 def machine(device: torch.device) -> str:

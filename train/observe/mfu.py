@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from anchorformer.errors import UserError
+from anchorformer.modeling import parse_tiling
 from train.config import Part
 from train.distributed import World
 from train.facts import StepFacts
@@ -55,8 +56,9 @@ def mfu_of(model: nn.Module, trains: Collection[Part], world: World) -> Mfu | No
     config: Any = model.config
     try:
         shapes = shapes_of(
-            config.vision_config.to_dict(), config.text_config.to_dict(), config.selector, config.connector
-        )
+            config.vision_config.to_dict(), config.text_config.to_dict(), config.selector, config.connector,
+            parse_tiling(config.tiling),
+        )  # fmt: skip
     except UserError as error:
         log.info("no MFU: %s (%s)", error.what, error.found)
         return None

@@ -175,7 +175,8 @@ def layout_of(config: RunConfig, *, checkpointing: bool, zero: int | None = None
 
 def memory_at(config: RunConfig, shapes: Shapes, layout: Layout, budget: int) -> Memory:
     """With the fullest micro-batch of `budget` positions: every position a target, and as many images as they hold."""
-    batch = MicroBatch(positions=budget, supervised=budget, images=budget // shapes.connector.queries)
+    tiles = budget // shapes.connector.queries * shapes.view
+    batch = MicroBatch(positions=budget, supervised=budget, images=tiles)
     return rank_memory(shapes, config.stage.trains, layout, batch)
 
 

@@ -26,10 +26,13 @@ class Work:
     images: float
 
     @classmethod
-    def of_sample(cls, shapes: Shapes, *, text: float, supervised: float, images: float) -> Work:
-        """One sample of `text` positions that are not images."""
-        positions = text + images * shapes.connector.queries
-        return cls(positions=positions, squares=positions**2, supervised=supervised, images=images)
+    def of_sample(
+        cls, shapes: Shapes, *, text: float, supervised: float, images: float, tiles: float | None = None
+    ) -> Work:
+        """One sample of `text` positions that are not images; where no `tiles` are said, each has the most."""
+        tiles = images * (shapes.tiles if tiles is None else tiles)
+        positions = text + (images if shapes.view > 1 else tiles) * shapes.connector.queries
+        return cls(positions=positions, squares=positions**2, supervised=supervised, images=tiles)
 
 
 def model_flops(shapes: Shapes, trains: Collection[Part], work: Work) -> dict[Part, float]:
@@ -59,7 +62,7 @@ def forward_flops(shapes: Shapes, work: Work) -> dict[Part, float]:
     vision, text = shapes.vision, shapes.text
     return {
         Part.vision_tower: work.images * _image(vision),
-        Part.connector: work.images * shapes.connector.flops,
+        Part.connector: work.images / shapes.view * shapes.connector.flops,
         Part.language_model: text.layers * (2 * text.matrices * work.positions + 2 * text.query * work.squares)
         + _head(text, work.supervised),
     }

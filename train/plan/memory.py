@@ -133,7 +133,7 @@ def _activations(
     kept = (text.layers * entrance + layer if layout.checkpointing else text.layers * layer) + exit_
     kept += size * text.width * batch.supervised
     if Part.connector in trains or Part.vision_tower in trains:
-        kept += shapes.connector.kept(size) * batch.images
+        kept += shapes.connector.kept(size) * batch.images / shapes.view
     if Part.vision_tower in trains:
         kept += vision.layers * vision_layer(vision, size) * vision.attended * batch.images
     at_work = size * (4 * text.inner + 2 * text.width) * batch.positions

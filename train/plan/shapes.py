@@ -10,6 +10,7 @@ from typing import Any
 
 from anchorformer.errors import UserError
 from anchorformer.schema import TARGET
+from anchorformer.tiling import UNTILED, Tiling
 from train.config import Part, RunConfig
 from train.plan.connectors import ConnectorShape, Surroundings, connector_shape
 from train.plan.spec import field_of, row_of
@@ -96,11 +97,18 @@ class TextShape:
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
-    """All sizes of a model."""
+    """All sizes of a model.
+
+    Attributes:
+        tiles: most that an image is cut into.
+        view: tiles that the connector looks at together, at most; its costs are those of one such view.
+    """
 
     vision: VisionShape
     connector: ConnectorShape
     text: TextShape
+    tiles: int = 1
+    view: int = 1
 
     @property
     def parameters(self) -> dict[Part, int]:
@@ -113,8 +121,9 @@ class Shapes:
 
 
 def shapes_of(
-    vision: Mapping[str, Any], text: Mapping[str, Any], selector: Mapping[str, Any], connector: Mapping[str, Any]
-) -> Shapes:
+    vision: Mapping[str, Any], text: Mapping[str, Any], selector: Mapping[str, Any], connector: Mapping[str, Any],
+    tiling: Tiling = UNTILED,
+) -> Shapes:  # fmt: skip
     """
     Args:
         vision, text: the backbones' config.json; of a two-tower model the half that sees is taken.
@@ -126,11 +135,16 @@ def shapes_of(
     layer, is_whole = field_of(selector, "selector", "layer"), selector.get(TARGET) in _WHOLE_TOWER
     tower = _vision(vision.get("vision_config") or vision, layer, is_whole)
     language_model = _text(text)
+    tiles = max(tiling.counts)
+    view = tiles if tiling.spans_tiles else 1
+    patches = view * tower.patches
     around = Surroundings(
-        anchors=_anchors(selector, tower), tokens=tower.tokens, patches=tower.patches,
+        anchors=_anchors(selector, tower, view), tokens=patches + tower.has_cls, patches=patches,
         vision=tower.width, text=language_model.width,
     )  # fmt: skip
-    return Shapes(vision=tower, connector=connector_shape(connector, around), text=language_model)
+    return Shapes(
+        vision=tower, connector=connector_shape(connector, around), text=language_model, tiles=tiles, view=view
+    )
 
 
 def read_shapes(config: RunConfig) -> Shapes:
@@ -146,7 +160,7 @@ def read_shapes(config: RunConfig) -> Shapes:
         vision, text = start["vision_config"], start["text_config"]
     else:
         vision, text = (_backbone(name, model.published) for name in (model.vision, model.language_model))
-    return shapes_of(vision, text, model.selector, model.connector)
+    return shapes_of(vision, text, model.selector, model.connector, model.tiling)
 
 
 def _start(config: RunConfig) -> dict[str, Any] | None:
@@ -221,10 +235,10 @@ def _vision(config: Mapping[str, Any], layer: int, is_whole: bool) -> VisionShap
     )  # fmt: skip
 
 
-def _anchors(selector: Mapping[str, Any], tower: VisionShape) -> int:
+def _anchors(selector: Mapping[str, Any], tower: VisionShape, view: int) -> int:
     if "num_anchors" in selector:  # T, by that name in every selector that has a choice
         return int(selector["num_anchors"])
-    return row_of(selector, "selector", _SELECTORS)(selector, tower)
+    return view * row_of(selector, "selector", _SELECTORS)(selector, tower)
 
 
 def _text(config: Mapping[str, Any]) -> TextShape:

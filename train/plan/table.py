@@ -27,6 +27,7 @@ class Assumptions:
         samples: of one epoch.
         text, supervised: positions of a mean sample that are not images, and its targets.
         images: of a mean sample.
+        tiles: of a mean image; the most that the tiling allows where nothing is said.
     """
 
     mfu: float
@@ -35,6 +36,7 @@ class Assumptions:
     text: float | None = None
     supervised: float | None = None
     images: float = 1.0
+    tiles: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +93,10 @@ def _parts(plan: StagePlan) -> list[str]:
 def _memory(plan: StagePlan) -> list[str]:
     choice, memory = plan.choice, plan.choice.memory
     queries = plan.shapes.connector.queries
+    unit = "tiles" if plan.shapes.tiles > plan.shapes.view else "images"
     lines = [
         f"memory of a rank with its fullest micro-batch: {choice.budget} positions, all of them targets, "
-        f"{choice.budget // queries} images of {queries}",
+        f"{choice.budget // queries} {unit} of {queries}",
         *(f"{field.name:<16}{getattr(memory, field.name) / GB:>13.2f} GB" for field in fields(Memory)),
         f"{'peak':<16}{memory.total / GB:>13.2f} GB" + (f" of {plan.limit / GB:.0f}" if plan.limit else ""),
         f"activation checkpointing: {_state(choice)}",
@@ -118,14 +121,15 @@ def _course(plan: StagePlan, assumed: Assumptions) -> list[str]:
     text, supervised = ASSUMED_TEXT[stage.name]
     text = text if assumed.text is None else assumed.text
     supervised = supervised if assumed.supervised is None else assumed.supervised
-    work = Work.of_sample(plan.shapes, text=text, supervised=supervised, images=assumed.images)
+    work = Work.of_sample(plan.shapes, text=text, supervised=supervised, images=assumed.images, tiles=assumed.tiles)
+    tiles = f"{work.images:g} tiles, " if plan.shapes.tiles > 1 else ""
     per_part = model_flops(plan.shapes, stage.trains, work)
     useful = sum(per_part.values())
     again = recomputed_flops(plan.shapes, work) if plan.choice.layout.checkpointing else 0.0
     parts = ", ".join(f"{part.value} {flops / TERA:.2f}" for part, flops in per_part.items())
     return [
         f"a sample of {text:g} text positions, {supervised:g} of them targets, and {assumed.images:g} image(s), "
-        f"{work.positions:g} positions (assumed): {useful / TERA:.2f} TFLOP",
+        f"{tiles}{work.positions:g} positions (assumed): {useful / TERA:.2f} TFLOP",
         f"  {parts}" + (f"; {again / TERA:.2f} more for activation checkpointing" if again else ""),
         *_time(plan, assumed, useful + again),
     ]

@@ -3,7 +3,7 @@
 `python -m train plan experiment=... hardware=... [stage=...] [key=value ...]`; without a stage both are planned, and
 neither data nor a start model has to be there. What cannot be known is said by flags: --mfu=0.4 (share of the peak),
 --price= (of a card for an hour), --samples= (of an epoch), --text= and --supervised= (positions of a mean sample),
---images= (of a mean sample).
+--images= (of a mean sample), --tiles= (of a mean image; the most that the tiling allows where nothing is said).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _read(arguments: list[str]) -> tuple[list[str], Assumptions]:
     parser = argparse.ArgumentParser(prog="python -m train plan", add_help=False)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--mfu", type=float, default=0.4)
-    for name in ("price", "text", "supervised"):
+    for name in ("price", "text", "supervised", "tiles"):
         parser.add_argument(f"--{name}", type=float)
     parser.add_argument("--samples", type=int)
     parser.add_argument("--images", type=float, default=1.0)
