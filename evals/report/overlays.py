@@ -116,10 +116,9 @@ def _read(folder: Path, notes: list[str]) -> dict[str, Overlay]:
     """Sample's id -> overlay; a sample of several tiles has one for each."""
     try:
         looks = [
-            (str(row["id"]), [Path(name).name for name in row["overlays"]],
-             {"question": row["question"], "answer": row["answer"], "reference": " / ".join(row["references"])})
+            (str(row["id"]), [Path(name).name for name in row["overlays"]], _caption(row))
             for row in json.loads((folder / "answers.json").read_text("utf-8"))
-        ]  # fmt: skip
+        ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise unreadable(folder / "answers.json", f"{type(error).__name__}: {error}") from None
     overlays = {}
@@ -132,6 +131,11 @@ def _read(folder: Path, notes: list[str]) -> dict[str, Overlay]:
             else:
                 overlays[sample if len(names) == 1 else f"{sample}, tile {tile}"] = Overlay(image, caption)
     return overlays
+
+
+def _caption(row: Mapping[str, Any]) -> dict[str, str]:
+    question = row["question"].replace("<image>", "").strip()
+    return {"question": question, "answer": row["answer"], "reference": " / ".join(row["references"])}
 
 
 def _embedded(path: Path) -> str:

@@ -217,7 +217,16 @@ def _records(entries: Sequence[Entry]) -> Iterable[dict[str, Any]]:
 
 
 def _plain(plot: Plot) -> dict[str, Any]:
-    return {"name": plot.name, "variants": plot.variants}
+    return {"name": plot.name, "variants": _unmarked(plot.variants)}
+
+
+def _unmarked(value: Any) -> Any:
+    """A figure in whose texts Plotly finds no markup: it knows some, links among it, in every text that it draws."""
+    if isinstance(value, Mapping):
+        return {key: item if key == "hovertemplate" else _unmarked(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_unmarked(item) for item in value]
+    return value.replace("<", "&lt;") if isinstance(value, str) else value
 
 
 def _json(value: Any) -> str:

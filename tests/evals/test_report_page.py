@@ -166,12 +166,18 @@ def test_nothing_that_a_run_wrote_acts_on_the_page(tmp_path: Path, monkeypatch: 
     run = write_stage(
         tmp_path / "run", [1.0, float("nan")], {"doc": {"right": 0.5}}, config=config() | {"note": evil, evil: 1},
     )  # fmt: skip
+    result = run / "evals" / "doc-right.json"
+    result.write_text(json.dumps(json.loads(result.read_text()) | {"task": '<a href="https://a.test">doc</a>'}))
     write_media(run)
     html = written(run, monkeypatch)
     assert html.count("<script") == 3
     assert html.count("</script>") == 3
     assert "<b>right</b>" not in html
     assert "<i>" not in html
+    tasks = next(plot for plot in data_of(html)["plots"] if plot["name"] == "conditions")["variants"][""]["data"][0][
+        "x"
+    ]
+    assert tasks == ['&lt;a href="https://a.test">doc&lt;/a>']
     record = data_of(html)["runs"][0]["sections"]
     assert record["configuration"]["note"] == evil
     assert record["outcome"]["its loss"] is None  # JSON has no word for it
