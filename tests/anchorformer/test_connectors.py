@@ -28,6 +28,13 @@ TINY: dict[str, Any] = {"depth": 2, "num_heads": 4, "head_dim": 8, "ff_mult": 2}
 CONF = Path(__file__).resolve().parents[2] / "conf" / "connector"
 
 
+def _yaml(name: str) -> dict[str, Any]:
+    """A shipped mapping, with what it takes over from another one."""
+    spec: dict[str, Any] = yaml.safe_load((CONF / f"{name}.yaml").read_text())
+    base, *_ = spec.pop("defaults", [None])
+    return _yaml(base) | spec if base else spec
+
+
 def _shipped() -> list[ConnectorConfig]:
     """Every connector with a YAML of its own, at a tiny size; a new one is tested by having its YAML."""
     small = TINY | {"num_queries": 4, "width": 32, "ff_width": 48}
@@ -163,6 +170,16 @@ def test_parameters_at_true_width(config: ConnectorConfig, parameters: int) -> N
     with torch.device("meta"):
         connector = config.build(1024, 4096)
     assert sum(parameter.numel() for parameter in connector.parameters()) == parameters + 20_979_712
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("*.yaml")))
+def test_every_yaml_builds_as_it_is_shipped(name: str) -> None:
+    """At the widths of CLIP-L and a 7B model, and for its 24 x 24 patches."""
+    config = parse_plugin(ConnectorConfig, _yaml(name), PACKAGE, name)
+    with torch.device("meta"):
+        connector = config.build(1024, 4096)
+    assert config.count(577, 145, True) > 0
+    assert sum(parameter.numel() for parameter in connector.parameters()) > 0
 
 
 @pytest.mark.parametrize("prefix", ["", "mm_projector.", "model.mm_projector."])
