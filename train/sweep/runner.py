@@ -121,7 +121,7 @@ class Runner:
         self._states[path] = state
         self.on_change(path, state)
 
-    def _stop(self, _: int, __: FrameType | None) -> None:
+    def _stop(self, number: int, frame: FrameType | None) -> None:
         self._signals += 1
         if self._signals == 1:
             for _, process in self._processes.values():
