@@ -10,6 +10,7 @@ from transformers import AutoProcessor
 
 import anchorformer.auto  # noqa: F401 (makes the processor known to transformers)
 from anchorformer.configuration import AnchorFormerConfig
+from anchorformer.kernels import backend
 from data.features import FeatureCache
 from data.fill import fill
 from data.mixture import Mixture
@@ -39,6 +40,7 @@ def fill_cache(config: RunConfig, model: Path) -> None:
     cache = cache_of(config, model, choose_dtype(config.hardware.precision, device, width), device)
     if cache is None:
         return
+    backend.use(config.hardware.kernels.value)
     processor = AutoProcessor.from_pretrained(model, local_files_only=True)
     mixture = Mixture(config.data, processor.with_template(config.stage.template))
     transform = processor.image_transform
