@@ -12,8 +12,8 @@ from evals.report.entry import Entry, short_names, spoken
 
 NAMES = ("run", "init_from", "resume", "output_root")
 """Config keys that only say what a run is called and where it lies."""
-NAMED = ("tracker.", "log.")
-"""Beginnings of keys that decide what is shown of a run, and nothing of the run."""
+SHOWN = ("tracker", "log", "health", "eval")
+"""Sections of a config that decide what is shown of a run, and nothing of the run."""
 MAX_VALUES = 4
 """Config values that a label names at most."""
 
@@ -55,7 +55,11 @@ def group(entries: Sequence[Entry]) -> list[Group]:
     firsts = [members[0] for members in found.values()]
     varying = _varying([essential(entry.last.config) for entry in firsts if entry.last and entry.last.config])
     axes = _varying([essential(entry.point) for entry in firsts if entry.point])
-    return [Group(_label(members, axes, varying), tuple(members)) for members in found.values()]
+    labels = [_label(members, axes, varying) for members in found.values()]
+    return [
+        Group(label if labels.count(label) == 1 else f"{label} ({members[0].label})", tuple(members))
+        for label, members in zip(labels, found.values(), strict=True)
+    ]
 
 
 def spread(values: Sequence[float | None]) -> Spread | None:
@@ -75,7 +79,7 @@ def essential(values: Mapping[str, Any]) -> dict[str, Any]:
     """A config, or a point, without names, places and seeds."""
     return {
         key: value for key, value in values.items()
-        if key not in NAMES and not key.startswith(NAMED) and key.split(".")[-1] != "seed"
+        if key not in NAMES and key.split(".")[0] not in SHOWN and key.split(".")[-1] != "seed"
     }  # fmt: skip
 
 
