@@ -159,7 +159,8 @@ def test_embeddings_labels_logits(model: AnchorFormerForConditionalGeneration, c
             packed = flat_logits(model, rows)
         for row, logits in zip(rows, packed, strict=True):
             length = len(row.embeds)  # over-length rows were cut there; a causal model agrees up to the cut
-            embeds = model._see(model.get_input_embeddings()(row.ids[None]), row.ids[None], row.pixels)[0]
+            text = model.get_input_embeddings()(row.ids[None])
+            embeds = model._see(text, row.ids[None], row.pixels, None, None)[0]
             assert_close(embeds[:length], row.embeds, FORWARD, f"{name}: embeddings")
             assert_close(logits[:length], row.logits, FORWARD, f"{name}: logits")
 
