@@ -79,7 +79,7 @@ def plant(schedule: Schedule, starts: Path) -> None:
     Progress.enter = entered  # type: ignore[method-assign,assignment]
     save.fingerprint = written
     save.sync_folder = synced
-    shutil.rmtree = removed  # type: ignore[assignment]
+    shutil.rmtree = removed
     rank.train = started  # type: ignore[attr-defined]
 
 
