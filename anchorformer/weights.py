@@ -367,7 +367,9 @@ def _check_type(folder: Path) -> None:
     if found != AnchorFormerConfig.model_type:
         raise UserError(
             f"{folder} holds another kind of model", found=f"model_type={found!r}",
-            expected=AnchorFormerConfig.model_type, remedy="assemble it with `python -m anchorformer.assemble` first",
+            expected=AnchorFormerConfig.model_type,
+            remedy="turn it into one with `python -m anchorformer.import_llava` first" if found == "llava"
+            else "assemble it with `python -m anchorformer.assemble` first",
         )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable, Iterable
@@ -17,10 +18,14 @@ from torch import Tensor
 from anchorformer.errors import UserError
 from anchorformer.import_llava import import_llava, main, read_selector
 from anchorformer.processing import AnchorFormerProcessor
-from anchorformer.weights import check_folder, load_model
+from anchorformer.weights import check_folder, load_model, write_manifest
+from data.record import ImageRef
+from evals.config import Device, EvalConfig, EvalDataConfig
+from evals.questions import Question
+from evals.respondent import load
 
 PATCHES = 16
-IMAGE_TOKEN = "<image>"  # noqa: S105
+IMAGE_TOKEN = "<image>"
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +125,17 @@ def test_pruned_is_llava_fed_with_the_pruned_embeddings(name: str, llava: Path, 
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
+def test_it_is_evaluated_as_any_model(llava: Path, tmp_path: Path) -> None:
+    folder = import_llava(llava, read_selector(["selector=fastervlm", "selector.num_anchors=5"]), tmp_path / "out")
+    config = EvalConfig(model=str(folder), tasks={"t": {}}, data=EvalDataConfig(root="r"), device=Device.cpu)
+    stream = io.BytesIO()
+    Image.effect_noise((40, 30), 80).save(stream, "PNG")
+    question = Question("q", (("user", f"{IMAGE_TOKEN}\nwhat?"),), (ImageRef(data=stream.getvalue()),), ("red",), {})
+    respondent = load(folder, config)
+    assert len(respondent.answers([question], 4)) == 1
+    assert respondent.facts["template"] == "v1"
+
+
 def _rename(folder: Path, out: Path, change: Callable[[str], str], more: Iterable[str] = ()) -> Path:
     """The folder in one shard, its tensors under other names, with more tensors in it."""
     shutil.copytree(folder, out)
@@ -177,6 +193,12 @@ def test_other_models_are_refused_by_name(case: str, llava: Path, tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
+def _with_manifest(folder: Path, out: Path) -> Path:
+    shutil.copytree(folder, out)
+    write_manifest(out)
+    return out
+
+
 def test_names_and_shapes_are_strict(llava: Path, tmp_path: Path) -> None:
     selector = read_selector(["selector=all"])
     extra = _rename(llava, tmp_path / "extra", lambda name: name, ["multi_modal_projector.linear_3.weight"])
@@ -188,7 +210,9 @@ def test_names_and_shapes_are_strict(llava: Path, tmp_path: Path) -> None:
     shorter = _rename(llava, tmp_path / "shorter", lambda name: name.replace("layers.0.mlp", "layers.7.mlp"))
     with pytest.raises(UserError, match="missing"):
         import_llava(shorter, selector, tmp_path / "out")
-    with pytest.raises(UserError, match="no config.json"):
+    with pytest.raises(UserError, match=r"python -m anchorformer\.import_llava"):
+        check_folder(_with_manifest(llava, tmp_path / "as_it_is"))
+    with pytest.raises(UserError, match=r"no config\.json"):
         import_llava(tmp_path / "nowhere", selector, tmp_path / "out")
 
 

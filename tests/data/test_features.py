@@ -266,3 +266,21 @@ def test_data_workers_read_it(cache: FeatureCache, filled: Any, processor: Ancho
         for one, other in zip(ours, theirs, strict=True):
             assert torch.equal(one.features.tokens_BNV, other.features.tokens_BNV)
             assert one.features.tokens_BNV.shape[0] == one.tiles_B3HW.shape[0]
+
+
+@pytest.mark.parametrize("select", ["tile", "image"])
+@torch.no_grad()
+def test_tiles_of_one_image_are_entries_of_their_own(
+    select: str, mixture: Mixture, assemble_tiny: Any, tmp_path: Path
+) -> None:
+    tiled = assemble_tiny(tiling={"grids": [[2, 1], [1, 3]], "select": select})
+    processor = AnchorFormerProcessor.from_pretrained(tiled)
+    cache = FeatureCache(tmp_path / "features", tiled, torch.float32, CPU)
+    _fill(cache, mixture, processor)
+    image = open_image(mixture[0].images[0].path or b"")
+    asked = processor(image, conversations=[[("user", "<image>what?")]])
+    model = load_model(tiled, torch.float32).eval()
+    live = model(**asked).logits
+    model.vision_tower.forward = lambda *_: pytest.fail("the tower ran")
+    cached = model(**asked, vision_features=cache.read(asked["pixel_values"])).logits
+    torch.testing.assert_close(cached, live, rtol=0, atol=2e-6)
