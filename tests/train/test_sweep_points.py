@@ -115,7 +115,7 @@ def test_two_spellings_are_one_trial_and_another_value_is_another() -> None:
     assert len(found.points) == 2
     assert {point.trial for point in found.points} == {trial.id}
     assert len(found.trials) == 2, "the trial, and the stage 1 that it starts from"
-    for word in ("seeds=[1]", "hardware.micro_batch=16", "finetune:stage.max_steps=9", "model.connector.ff_mult=2"):
+    for word in ("seeds=[1]", "finetune:stage.max_steps=9"):
         other = planned("model.selector.num_anchors=9", "model.connector.depth=2", word)
         assert {point.trial for point in other.points} != {trial.id}, word
 
@@ -161,7 +161,7 @@ def test_what_is_done_stays_and_a_new_evaluation_is_what_is_left(tmp_path: Path)
     assert say(tmp_path, "x") not in asked.steps
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(cards=st.integers(0, 16), ranks=st.integers(1, 8), slots=st.none() | st.integers(1, 8))
 def test_slots_share_no_card(cards: int, ranks: int, slots: int | None) -> None:
     config = run_config(ALIGN, hardware__device="cuda", hardware__ranks=ranks, stage__global_batch=ranks)

@@ -22,8 +22,12 @@ from train.sweep.config import SweepConfig, every_product
 from train.sweep.trial import State, Step, Trial, TrialFolder
 from train.sweep.words import key_of, words_for
 
-NOT_HASHED = ("run", "resume", "output_root", "log", "checkpoint", "watchdog", "eval", "health", "tracker")
-"""Groups and keys of a config that name, show or save a run; with other values of these a trial is still the same."""
+NOT_HASHED = {
+    "run": (), "resume": (), "output_root": (), "log": (), "checkpoint": (), "watchdog": (), "eval": (), "health": (),
+    "tracker": (), "hardware": ("threads",), "data": ("cache_dir", "feature_cache"),
+}  # fmt: skip
+"""Keys of a config, whole or in part, that name, show or save a run or say where caches lie; with other values of
+these a trial is still the same. Slots decide the threads."""
 TO_COME = "the align run of this trial"
 """What a finetune's `init_from` is while its trial is composed and hashed: the trial's own id is not known yet."""
 
@@ -98,12 +102,14 @@ def points(sweep: SweepConfig) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def config_hash(configs: Mapping[StageName, RunConfig]) -> str:
-    """Hash of every value of the configs but `NOT_HASHED` and the number of threads, which the slots decide."""
-    plain = {}
-    for stage, config in configs.items():
-        values = {key: value for key, value in to_plain(config).items() if key not in NOT_HASHED}
-        del values["hardware"]["threads"]
-        plain[stage.value] = values
+    """Hash of every value of the configs but `NOT_HASHED`."""
+    plain = {stage.value: to_plain(config) for stage, config in configs.items()}
+    for group, keys in NOT_HASHED.items():
+        for values in plain.values():
+            if not keys:
+                del values[group]
+            for key in keys:
+                del values[group][key]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
