@@ -20,7 +20,7 @@ LOW_TO_HIGH = ("#7b52ab", "#3f74b5", "#21918c", "#5ec962", "#e0c91f")
 def parallel(entries: Sequence[Entry]) -> Plot | None:
     """Of the trials that have been scored; axes on which all are alike are left out."""
     tasks = figures.answered_tasks(entries)
-    trials = [entry for entry in entries if entry.point and figures.scored(entry)]
+    trials = [entry for entry in entries if entry.point and set(tasks) & figures.scored(entry).keys()]
     if len(trials) < 2:
         return None
     dimensions = {axis: [entry.axes.get(axis) for entry in trials] for axis in _axes(trials)}

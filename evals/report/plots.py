@@ -62,6 +62,8 @@ def conditions(entries: Sequence[Entry]) -> Plot | None:
         bars = []
         for place, condition in enumerate(Condition):
             results = figures.scored(entry, condition)
+            if not set(tasks) & results.keys():
+                continue
             bars.append({
                 "type": "bar", "name": f"{condition.value} image" if condition is not Condition.none else "no image",
                 "x": tasks, "y": [results[task]["score"] if task in results else None for task in tasks],

@@ -95,7 +95,7 @@ def write_media(run: Path, step: int = 20, names: Sequence[str] = ("one", "two")
 
 def write_sweep(folder: Path, seeds: Sequence[int] = (0, 1), *, with_media: bool = True) -> Path:
     """A sweep of selector x anchors x seed whose align is shared; the last trial has failed, one is running."""
-    align = write_stage(folder / "shared" / "0f" / "align", [4.0] * 10 + [0.8] * 10, config=config())
+    align = write_stage(folder / "shared" / "0f" / "align", [4.0] * 10 + [0.8] * 10, ALIGNED, config=config())
     points = [
         {"model.selector": selector, "model.selector.num_anchors": anchors, "seed": seed}
         for selector in ("anchor", "random") for anchors in (5, 9, 17) for seed in seeds
@@ -128,4 +128,5 @@ def write_sweep(folder: Path, seeds: Sequence[int] = (0, 1), *, with_media: bool
     return folder
 
 
+ALIGNED = {"caption": {"right": 1.2}}
 TASKS = {"scene": 0.0, "doc": 0.1}

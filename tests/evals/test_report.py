@@ -200,12 +200,12 @@ def test_a_sweep_of_which_a_trial_failed(tmp_path: Path) -> None:
     overview = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:12]]
     assert [row[:4] for row in overview][:2] == [["t00", "anchor", "5", "0"], ["t01", "anchor", "5", "1"]]
     assert [row[4] for row in overview] == ["done"] * 10 + ["running or killed", "failed"]
-    # The failed trial has the shared align and nothing of its own; the running one has no score.
-    assert overview[-1][5:9] == ["align", "", "", ""]
-    assert overview[-2][5:9] == ["finetune", "", "", ""]
+    # The failed trial has the shared align and nothing of its own; the running one has no score yet.
+    assert overview[-1][5:10] == ["align", "", "", "1.200", ""]
+    assert overview[-2][5:10] == ["finetune", "", "", "1.200", ""]
     assert float(overview[0][6]) == pytest.approx(0.4 + 0.1609 - 0.1 + 0.05, abs=1e-3)
     assert "- 1 of 12 trials: failed (selector=random, num_anchors=17, seed=1)" in text
-    assert cells(text, "sum") == ["sum", f"{10 + 10 * (250 + 6 * 1.5) + 3.5:,.1f}"]
+    assert cells(text, "sum") == ["sum", f"{10 + 1.5 + 10 * (250 + 6 * 1.5) + 3.5:,.1f}"]
 
 
 def test_a_sweep_may_be_moved(tmp_path: Path) -> None:
