@@ -167,18 +167,18 @@ class FeatureCache:
         partial.replace(self.folder / DESCRIPTION)
 
     def check_room(self, tiles: int) -> None:
-        """Says how much will be written, at most, before anything is.
+        """Says how much may be written, before anything is.
 
         Raises:
-            UserError: the disk has less.
+            UserError: the disk has less, entries that are there counted as if they were of these tiles.
         """
+        size = self.layout.bytes + HEADER_BYTES
         there = sum(1 for _ in self.folder.glob("??/*.safetensors"))
-        needed = max(0, tiles - there) * (self.layout.bytes + HEADER_BYTES)
         free = shutil.disk_usage(self.folder).free
-        log.info("feature cache %s: up to %s for %d tile(s), %d are there; %s free", self.folder, _size(needed), tiles,
-                 there, _size(free))  # fmt: skip
-        if free < needed:
-            raise self._no_room(f"{_size(free)} free", f"{_size(needed)} for {tiles} tiles, {there} of them there")
+        log.info("feature cache %s: at most %s for %d tile(s); %d entries are there, %s free", self.folder,
+                 _size(tiles * size), tiles, there, _size(free))  # fmt: skip
+        if free < (tiles - there) * size:
+            raise self._no_room(f"{_size(free)} free", f"{_size(tiles * size)} for {tiles} tiles; {there} are there")
 
     def _no_room(self, found: str, expected: str) -> UserError:
         return UserError(
