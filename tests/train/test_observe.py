@@ -101,6 +101,18 @@ def test_watching_changes_no_number(make_run: MakeRun) -> None:
 
 
 @pytest.mark.slow
+def test_watching_changes_no_number_of_a_sharded_run(pair: Ranks, make_run: MakeRun) -> None:
+    sharded = {"engine": "deepspeed", "zero__stage": 3, "hardware__ranks": 2, "stage__max_steps": 4}
+    plain, watched = make_run("plain", FINETUNE, **sharded), make_run("watched", FINETUNE, **sharded, **SHOWN)
+    for folder in (plain, watched):
+        pair.run(run_to, folder=str(folder.path))
+    assert numbers(watched) == numbers(plain)
+    assert weights(watched) == weights(plain)
+    assert [line["step"] for line in lines(watched.health)] == [3, 4]
+    assert {line["step"] for line in lines(watched.evals)} == {2, 4}
+
+
+@pytest.mark.slow
 def test_what_was_shown_is_taken_back_with_the_run(make_run: MakeRun) -> None:
     often = {**SHOWN, "eval__every": 1, "health__every": 1, "checkpoint__every": 2}
     whole, broken = make_run("whole", ALIGN, **often), make_run("broken", ALIGN, **often, resume="auto")

@@ -60,9 +60,11 @@ class TrackioConfig(TrackerConfig):
         Returns:
             Its address, on loopback.
         """
-        _, url, *_ = self._import().show(
-            project=self.project, open_browser=False, block_thread=False, host=LOOPBACK, share=False, footer=False
-        )  # fmt: skip
+        trackio = self._import()
+        with redirect_stdout(StringIO()):  # which says the token that lets a visitor delete runs
+            _, url, *_ = trackio.show(
+                project=self.project, open_browser=False, block_thread=False, host=LOOPBACK, share=False, footer=False
+            )
         return str(url)
 
     def _import(self) -> Any:
