@@ -24,8 +24,10 @@ print(processor.batch_decode(model.generate(**inputs, max_new_tokens=64), skip_s
 ```"""
 ATTACH = """This folder holds the connector alone. `python -m anchorformer.connector_folder THIS_FOLDER OUT` fetches the
 vision tower and the language model that it was trained between, compares them by hash, and writes the whole model."""
-CAUTION = """It answers as the language model and the data taught it, wrongly at times, and with their biases; the cards and
-licences of the base models hold for it too. The scores above are all that has been measured."""
+CAUTION = (
+    "It answers as the language model and the data taught it, wrongly at times, and with their biases; the cards and "
+    "licences of the base models hold for it too. The scores above are all that has been measured."
+)
 
 
 def card(run: RunFolder, *, is_connector: bool) -> str:
