@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from anchorformer.configuration import AnchorFormerConfig
@@ -146,11 +146,11 @@ class FeatureCache:
             partial = path.with_name(f".tmp-{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                save_file(entry, partial, metadata={CHECKSUM: _checksum(entry)})
+                partial.write_bytes(save(entry, metadata={CHECKSUM: _checksum(entry)}))
                 partial.replace(path)
-            except (OSError, SafetensorError) as error:
+            except OSError as error:
                 partial.unlink(missing_ok=True)
-                if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
                 raise self._no_room(str(error), "room for every entry") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import shutil
@@ -213,6 +214,25 @@ def test_no_room_is_said_before_anything_is_written(
     with pytest.raises(UserError, match="no room"):
         _fill(cache, mixture, processor)
     assert not _entries(cache)
+
+
+def test_a_disk_that_fills_up_keeps_no_half_entry(
+    cache: FeatureCache, mixture: Mixture, processor: AnchorFormerProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Path.write_bytes
+
+    def half(path: Path, content: bytes) -> int:
+        write(path, content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", half)
+        with pytest.raises(UserError, match="no room"):
+            _fill(cache, mixture, processor)
+    assert not _entries(cache)
+    assert not list(cache.folder.rglob(".tmp-*.safetensors*"))
+    _fill(cache, mixture, processor)
+    cache.read(_tiles(mixture, processor))
 
 
 def test_bad_images_as_in_training(
