@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from anchorformer.connectors.base import ConnectorConfig
@@ -75,12 +75,13 @@ def build_selector(
 class SelectorBySize(Selector):
     """One selector for each size that a joint view may have.
 
-    They have no parameters, so ranks may call different ones without ZeRO's collectives going out of step.
+    Ranks may call different ones, which ZeRO-3 must not see: it compares the submodules that ranks walk through. So
+    they are kept in a plain dict, which is enough for modules without parameters.
     """
 
     def __init__(self, selectors: dict[int, Selector]) -> None:
         super().__init__()
-        self.by_size = nn.ModuleDict({str(size): selector for size, selector in selectors.items()})
+        self.by_size = selectors
 
     def forward(self, features: VisionFeatures) -> Anchors:
         batch, longest = features.tokens_BNV.shape[:2]
@@ -88,7 +89,7 @@ class SelectorBySize(Selector):
         chosen: dict[int, Anchors] = {}
         for size in set(sizes):
             rows = [row for row, own in enumerate(sizes) if own == size]
-            anchors = self.by_size[str(size)](_part(features, rows, size))
+            anchors = self.by_size[size](_part(features, rows, size))
             chosen |= {row: _row(anchors, place) for place, row in enumerate(rows)}
         indices = [chosen[row].indices_BT for row in range(batch)]
         return Anchors(

@@ -49,7 +49,8 @@ def load_frozen(folder: Path, config: RunConfig, dtype: torch.dtype = torch.floa
 
 
 def examples_for(model: Any, seed: int = 0) -> list[Example]:
-    """Eight samples of uneven length and targets; the fourth to sixth have no image, the last has no target."""
+    """Eight samples of uneven length and targets; the fourth to sixth have no image, the last has no target. With a
+    tiling, images have as many tiles as it allows, in turn."""
     generator = torch.Generator().manual_seed(seed)
     vocabulary = model.config.text_config.vocab_size
     placeholder = model.config.image_token_id
@@ -59,13 +60,22 @@ def examples_for(model: Any, seed: int = 0) -> list[Example]:
         has_image = number not in (3, 4, 5)
         length = int(torch.randint(4, 18, (1,), generator=generator))
         text = torch.randint(5, min(vocabulary, placeholder), (length,), generator=generator)
-        image = torch.full((model.num_image_tokens if has_image else 0,), placeholder)
+        tiles_of = [model.tiling.counts[number % len(model.tiling.counts)]] if has_image else []
+        image = torch.full((model.num_image_tokens * sum(map(model.tiling.views, tiles_of)),), placeholder)
         ids = torch.cat([text[:2], image, text[2:]])
         labels = ids.clone()
         num_targets = 0 if number == 7 else 1 + number
         labels[: len(ids) - num_targets] = IGNORE_INDEX
-        tiles = torch.randint(0, 256, (int(has_image), 3, side, side), dtype=torch.uint8, generator=generator)
-        examples.append(Example(sample_id=f"s{number}", input_ids_S=ids, labels_S=labels, tiles_B3HW=tiles))
+        tiles = torch.randint(0, 256, (sum(tiles_of), 3, side, side), dtype=torch.uint8, generator=generator)
+        examples.append(
+            Example(
+                sample_id=f"s{number}",
+                input_ids_S=ids,
+                labels_S=labels,
+                tiles_B3HW=tiles,
+                tile_counts=tuple(tiles_of),
+            )
+        )
     return examples
 
 

@@ -68,11 +68,12 @@ def launch_again(folder: RunFolder, **values: Any) -> None:
 
 def write_run(root: Path, start: Path, data: Path, name: str, trains: dict[str, Any], **changes: Any) -> RunFolder:
     """A run folder below `root` that ranks can be started on."""
-    model = json.loads((start / "config.json").read_text())
+    model = {"tiling": {}, **json.loads((start / "config.json").read_text())}
+    parts = {key: model[key] for key in ("selector", "connector", "tiling")}
     config = run_config(
         trains,
         run=name,
-        model={"vision": "-", "language_model": "-", **{key: model[key] for key in ("selector", "connector")}},
+        model={"vision": "-", "language_model": "-", **parts},
         data={
             "root": str(data), "cache_dir": str(data / "cache"),
             "sources": {"mix": {"_target_": "data.sources.llava.LlavaConfig", "annotations": "mix.json",
