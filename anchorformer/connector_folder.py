@@ -58,7 +58,7 @@ def export_connector(folder: Path, out: Path, dtype: torch.dtype, names: dict[st
     refuse_existing(out)
     config = check_folder(folder)
     processor = load("processor", folder, AnchorFormerProcessor.from_pretrained)
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name in sorted({file for key, file in read_index(folder).items() if key.startswith("connector.")}):
         tensors |= {key: cast(value, dtype) for key, value in load_file(folder / name).items()}
     partial = partial_of(out)
