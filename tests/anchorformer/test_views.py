@@ -189,6 +189,7 @@ def test_a_joint_view_is_one_large_image(has_cls: bool) -> None:
         start += count
 
 
+ANCHOR_OF_9 = {"_target_": "anchorformer.selectors.anchor.AnchorSelectorConfig", "num_anchors": 9}
 MLP = {"_target_": "anchorformer.connectors.mlp.MlpConfig"}
 SPANNING = ["all", "anchor", "average", "fastervlm", "vtc_cls", "received", "cls_similarity", "pca", "random"]
 
@@ -211,6 +212,39 @@ def test_an_image_has_the_same_anchors_in_any_batch(name: str) -> None:
         assert torch.equal(together.indices_BT[row], alone.indices_BT[0])
         assert torch.equal(together.tokens_BTV[row], alone.tokens_BTV[0])
         assert together.indices_BT[row].max() < 1 + count * 16
+        start += count
+
+
+def spanning_connectors() -> list[Any]:
+    """Every connector of conf/ that may look at all tiles of an image, two layers deep."""
+    found = []
+    for path in sorted((ROOT / "conf" / "connector").glob("*.yaml")):
+        values = yaml.safe_load(path.read_text())
+        if "defaults" not in values:
+            config = parse_parts(ANCHOR_OF_9, values | ({"depth": 2} if "depth" in values else {}))[1]
+            found += [pytest.param(config, id=path.stem)] if config.spans_tiles else []
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", spanning_connectors())
+def test_an_image_has_the_same_embeddings_in_any_batch(config: ConnectorConfig) -> None:
+    width, counts = 64, [1, 4, 2]
+    torch.manual_seed(0)
+    connector = config.build(width, 16).eval()
+    tiles = features_of(sum(counts), width=width)
+    selector = build_selector(
+        Tiling(grids=((1, 1), (1, 2), (2, 2)), overview=False, select=Select.image),
+        parse_parts(ANCHOR_OF_9, MLP)[0], 17, 4, True,
+    )  # fmt: skip
+    features = join_tiles(tiles, counts)
+    together = connector(selector(features), features)
+    start = 0
+    for row, count in enumerate(counts):
+        own = {n: v[start : start + count] for n, v in vars(tiles).items() if isinstance(v, Tensor)}
+        single = join_tiles(VisionFeatures(has_cls=True, **own), [count])
+        alone = connector(selector(single), single)[0]
+        assert (together[row] - alone).abs().max() <= TOLERANCE * alone.abs().max()
         start += count
 
 
