@@ -18,6 +18,7 @@ from evals.questions import Question
 from tests.train.cases import ALIGN, FINETUNE
 from tests.train.ranks import Ranks
 from train import rank, trainer
+from train.compose import compose
 from train.distributed import World, alone
 from train.observe import anchors
 from train.observe.checks import check_shown
@@ -260,3 +261,13 @@ def test_mistakes_are_found_before_the_start(
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(UserError, match=found):
         check_shown(make_run("wrong", ALIGN, **changes).read_config())
+
+
+def test_tasks_are_named_on_the_command_line() -> None:
+    given = ["stage=align", "data.root=/data", "eval.every=5"]
+    two = ["eval.tasks=[docvqa_val,chartqa_test]", "eval.tasks.docvqa_val.max_new_tokens=8"]
+    tasks = compose([*given, *two]).eval.tasks
+    assert {name: task.get("max_new_tokens") for name, task in tasks.items()} == {"docvqa_val": 8, "chartqa_test": None}
+    for words, found in ((["eval.tasks=[docvqa]"], "docvqa"), ([], "every=5"), (["eval.tasks=[]"], "every=5")):
+        with pytest.raises(UserError, match=found):
+            compose([*given, *words])
