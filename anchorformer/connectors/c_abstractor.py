@@ -87,7 +87,7 @@ class CAbstractor(Connector):
         self.projector = nn.Sequential(nn.Linear(vision_width, text_width), between, nn.Linear(text_width, text_width))
 
     def forward(self, anchors: Anchors, features: VisionFeatures) -> Tensor:
-        patches_BPV = patches_of(features).to(self.projector[0].weight.dtype)
+        patches_BPV = patches_of(features).to(next(self.parameters()).dtype)
         if self.positions_PV is not None:
             patches_BPV = patches_BPV + self.positions_PV
         side = side_of(patches_BPV.shape[1], "the vision tower's patches")
