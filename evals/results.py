@@ -13,6 +13,9 @@ from evals.config import Condition
 from evals.questions import Question
 from evals.submission import Outcome
 
+SUBMISSIONS = "submissions"
+"""Folder of the files for servers and judges, which are no results."""
+
 
 def paths(out: Path, task: str, condition: Condition, limit: int | None = None) -> tuple[Path, Path]:
     """Predictions and result of one task under one condition; those of a part of the task have names of their own."""
@@ -77,7 +80,9 @@ def write(
     digest = _replace(predictions, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     if submission is not None:
         text = json.dumps(submission, indent=1, ensure_ascii=False)
-        _replace(predictions.with_suffix(".submission.json"), [text + "\n"])
+        place = out / SUBMISSIONS / result.name
+        place.parent.mkdir(exist_ok=True)
+        _replace(place, [text + "\n"])
     content = {
         "task": task,
         "condition": condition.value,

@@ -90,9 +90,9 @@ def _scores(run: RunFolder) -> list[str]:
     return _table(("task", "metric", "score", "questions", "image"), found)
 
 
-def _row(result: Any) -> tuple[str, ...] | None:
-    # Files for servers lie beside the results, and parts of a task are no score of it.
-    if not isinstance(result, dict) or result.get("score") is None or result.get("limit") is not None:
+def _row(result: Mapping[str, Any]) -> tuple[str, ...] | None:
+    # Predictions without published answers are no score, nor is a part of a task.
+    if result["score"] is None or result["limit"] is not None:
         return None
     metric = result["metric"] + (f" ({result['variant']})" if "variant" in result else "")
     return result["task"], metric, f"{result['score']:.4f}", str(result["n_scored"]), result["condition"]

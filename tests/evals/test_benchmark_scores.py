@@ -85,5 +85,5 @@ def test_a_submission_lies_beside_the_predictions(tmp_path: Path) -> None:
     task = VqaTask(source={}, metric=MetricName.vqa_accuracy, submit=Layout.vizwiz)
     (result,) = evaluate(config, {"t": (task, [question("t1.jpg", None)])}, Says("basil"), {}, tmp_path)
     assert result["score"] is None
-    written = json.loads((tmp_path / f"t-{Condition.right.value}.submission.json").read_text())
+    written = json.loads((tmp_path / "submissions" / f"t-{Condition.right.value}.json").read_text())
     assert written == [{"image": "t1.jpg", "answer": "basil"}]

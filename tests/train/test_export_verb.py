@@ -76,7 +76,7 @@ def finished(tiny_backbones: Path, assemble_tiny: Callable[..., Path], tmp_path:
                   "condition": "right", "limit": None}  # fmt: skip
         for name, changed in {"a": {}, "b": {"limit": 3, "task": "part"}, "c": {"score": None, "task": "none"}}.items():
             (run.path / "evals" / f"{name}.json").write_text(json.dumps(result | changed))
-        (run.path / "evals" / "a.submission.json").write_text("[]")
+        (run.path / "evals" / "submissions").mkdir()
         return run
 
     return build
