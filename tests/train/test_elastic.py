@@ -14,10 +14,10 @@ from anchorformer.weights import read_shapes
 from tests.train.cases import ALIGN, FINETUNE, batches_for, load_frozen, run_config
 from tests.train.ranks import Ranks
 from train.distributed import World
-from train.engine import Engine, build_engine, loading
+from train.engine import Engine, build_engine, loading, whole
 from train.engine.saved import Saved
 from train.engine.universal import convert
-from train.run.fingerprint import fingerprint, join
+from train.run.fingerprint import Piece, fingerprint, join
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DEALS = {
@@ -129,6 +129,17 @@ def test_align_goes_on_with_four_ranks(
     for after in [*pair.run(read_back, out=str(tmp_path / "four"), **case),
                   *single.run(read_back, out=str(tmp_path / "four"), **case)]:  # fmt: skip
         agree(before, after, 1e-5)
+
+
+def gathered(world: World) -> tuple[list[Any], list[int] | None]:
+    """What this rank holds of a tensor of which both have a half, and of what both have told."""
+    half = Piece(torch.full((2,), float(world.rank)), start=2 * world.rank, total=4)
+    found = whole.gather(world, {"w": half}, {"w": (2, 2)}, is_parted=True)
+    return [tensor.tolist() for tensor in found.values()], world.collect(world.rank)
+
+
+def test_whole_tensors_are_put_together_on_one_rank_only(pair: Ranks) -> None:
+    assert pair.run(gathered) == [([[[0.0, 0.0], [1.0, 1.0]]], [0, 1]), ([], None)]
 
 
 def test_an_align_checkpoint_is_the_connector_and_its_moments(pair: Ranks, tiny_folder: Path, tmp_path: Path) -> None:

@@ -127,12 +127,14 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
 def test_the_guard_over_numbers_costs_no_look_and_no_exchange(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    run = make_run("guarded", FINETUNE)
     with counted(monkeypatch) as guarded:
-        go(alone(), str(make_run("guarded", FINETUNE).path))
+        go(alone(), str(run.path))
     monkeypatch.setattr(trainer, "check_numbers", lambda *_: None)
     with counted(monkeypatch) as free:
         go(alone(), str(make_run("free", FINETUNE).path))
     assert guarded == free
+    assert guarded["sum"] == run.read_config().stage.max_steps, "loss and norms travel together, once a step"
     assert guarded["aten::_local_scalar_dense"] > 0
     assert guarded["gather"] > 0
 
