@@ -100,7 +100,7 @@ def _layout(scales: dict[str, Scale]) -> dict[str, Any]:
     return {
         "showlegend": False, "dragmode": "select", "hovermode": "closest",
         "xaxis": {"tickvals": list(range(len(scales))), "ticktext": list(scales), "showgrid": False, "zeroline": False,
-                  "range": [-0.3, len(scales) - 0.5]},
+                  "range": [-0.3, len(scales) - 0.1]},
         "yaxis": {"visible": False, "range": [-0.08, 1.08]},
         "shapes": [{"type": "line", "x0": x, "x1": x, "y0": 0, "y1": 1, "layer": "below",
                     "line": {"color": "#888888", "width": 1}} for x in range(len(scales))],
