@@ -78,8 +78,8 @@ class CAbstractor(Connector):
         self.side = side_of(config.num_queries, "the embeddings of c_abstractor")
         self.positions_PV: nn.Parameter | None = None
         if config.positions:
-            positions = torch.empty(config.positions, vision_width)
-            self.positions_PV = nn.Parameter(nn.init.trunc_normal_(positions, std=_INIT_STD))
+            self.positions_PV = nn.Parameter(torch.empty(config.positions, vision_width))
+            nn.init.trunc_normal_(self.positions_PV, std=_INIT_STD)
         self.before, self.behind = (
             nn.Sequential(*(Bottleneck(vision_width) for _ in range(config.depth))) for _ in range(2)
         )

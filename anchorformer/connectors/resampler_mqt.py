@@ -47,9 +47,8 @@ class MqtResampler(Connector):
 
     def __init__(self, config: MqtResamplerConfig, vision_width: int, text_width: int) -> None:
         super().__init__()
-        self.queries_TV = nn.Parameter(
-            nn.init.trunc_normal_(torch.empty(config.num_queries, vision_width), std=_INIT_STD)
-        )
+        self.queries_TV = nn.Parameter(torch.empty(config.num_queries, vision_width))
+        nn.init.trunc_normal_(self.queries_TV, std=_INIT_STD)
         self.norm_queries, self.norm_keys, self.norm_values = (nn.LayerNorm(vision_width, _EPS) for _ in range(3))
         self.cross = MultiHeadAttention(vision_width, config.num_heads)
         self.projector = nn.Linear(vision_width, text_width, bias=False)
