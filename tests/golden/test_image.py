@@ -76,7 +76,7 @@ def test_tiles(golden_root: Path, subtests: pytest.Subtests) -> None:
             assert tiles.shape[0] == facts["tiles"]
             expected = tensors[f"{name}.{grid}.tiles_u8"]
             assert torch.equal(tiles[1:, :, ::8, ::8], expected[1:])
-            # The vectors are of Pillow 13; before it, a strip was squashed along its other axis first, and rounded there.
+            # The vectors are of Pillow 13; earlier ones squash a strip along its other axis first, and round there.
             width, height = image.size
             most = 1 if int(PIL.__version__.split(".")[0]) < 13 and height > 16 * width else 0
             assert (tiles[0, :, ::8, ::8].int() - expected[0].int()).abs().max() <= most
