@@ -103,6 +103,7 @@ def test_what_cannot_be_swept_is_refused_before_anything_starts(words: list[str]
     assert said in str(caught.value)
 
 
+@pytest.mark.slow
 def test_two_spellings_are_one_trial_and_another_value_is_another() -> None:
     base = planned("model.selector.num_anchors=9", "model.connector.depth=2")
     [(path, trial)] = base.of_points.items()
@@ -129,6 +130,7 @@ def test_a_changed_default_of_the_code_is_another_trial() -> None:
     assert config_hash({StageName.align: config}) == config_hash({StageName.align: renamed})
 
 
+@pytest.mark.slow
 def test_stage_one_is_shared_where_its_config_is_the_same() -> None:
     found = planned("model.selector.num_anchors=9", "model.connector.depth=1,2", "finetune:stage.max_steps=5,6")
     assert len(found.of_points) == 4
@@ -144,6 +146,7 @@ def test_stage_one_is_shared_where_its_config_is_the_same() -> None:
     assert [step.name.split()[0] for step in shared[0].steps] == ["align", "evals"]
 
 
+@pytest.mark.slow
 def test_what_is_done_stays_and_a_new_evaluation_is_what_is_left(tmp_path: Path) -> None:
     words = ("model.selector.num_anchors=9", "model.connector.depth=2", f"output_root={tmp_path}")
     made = planned(*words)
