@@ -25,7 +25,7 @@ def fuse(embeds_BSD: Tensor, input_ids_BS: Tensor, visual_XTD: Tensor, image_tok
     """
     mask_BS = input_ids_BS == image_token_id
     provided = visual_XTD.shape[0] * visual_XTD.shape[1]
-    _check_counts(mask_BS, visual_XTD)
+    check_counts(mask_BS, visual_XTD)
     if provided == 0:
         return embeds_BSD
     # The k-th placeholder takes the k-th embedding. Every position looks one up, so that no shape depends on the ids:
@@ -35,7 +35,12 @@ def fuse(embeds_BSD: Tensor, input_ids_BS: Tensor, visual_XTD: Tensor, image_tok
     return torch.where(mask_BS[..., None], visual_BSD.to(embeds_BSD.dtype), embeds_BSD)
 
 
-def _check_counts(mask_BS: Tensor, visual_XTD: Tensor) -> None:
+def check_counts(mask_BS: Tensor, visual_XTD: Tensor) -> None:
+    """As many placeholders as visual embeddings.
+
+    Raises:
+        UserError: as `fuse`.
+    """
     provided = visual_XTD.shape[0] * visual_XTD.shape[1]
     if torch.is_grad_enabled() and mask_BS.device.type == "cuda":
         torch._assert_async(mask_BS.sum() == provided, "image placeholders and visual embeddings do not match")

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from anchorformer import connectors, selectors
 from anchorformer.configuration import AnchorFormerConfig
 from anchorformer.connectors.base import ConnectorConfig
 from anchorformer.contracts import VisionFeatures
 from anchorformer.errors import UserError
-from anchorformer.fusion import fuse
+from anchorformer.fusion import check_counts, fuse
 from anchorformer.images import normalise
 from anchorformer.kernels.attention import FLAT_MASK, TEXT_ATTENTION
 from anchorformer.lean import make_lean
@@ -79,6 +80,7 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def dtype_of(config: AnchorFormerConfig) -> torch.dtype:
         return config.dtype or torch.get_default_dtype()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor,
@@ -87,6 +89,7 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
         pixel_values: Tensor | None = None,
         tile_counts: Sequence[int] | None = None,
         vision_features: VisionFeatures | None = None,
+        image_embeds: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         past_key_values: Any = None,
@@ -104,16 +107,19 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 as normalised.
             tile_counts: tiles of each image, on the host; may be left out where all images have equally many.
             vision_features: what the vision tower says of these tiles, where that is known; it does not run then.
+            image_embeds: what `encode_images` said of the images, instead of `pixel_values`; nothing visual runs then,
+                so not while training.
             cu_seqlens: flat form only, int32 (samples + 1,), borders of the samples.
             max_seqlen: flat form only, the longest sample.
             labels: padded form only, (B, L) with -100 where not supervised; adds the mean next-token loss.
             logits_to_keep: positions whose logits are wanted: an index tensor (Q,), the last n, or 0 for all.
 
         Returns:
-            logits (B, L or Q, vocabulary), `past_key_values` in the padded form, `loss` if labels were given.
+            logits (B, L or Q, vocabulary), `past_key_values` in the padded form, `loss` if labels were given; as a
+            tuple of what there is, loss first, with `return_dict=False`.
 
         Raises:
-            UserError: both forms at once, or placeholders and images that do not match.
+            UserError: both forms at once, images given twice, or placeholders and images that do not match.
         """
         is_flat = cu_seqlens is not None
         if is_flat:
@@ -124,7 +130,7 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
             }  # fmt: skip
             attention_mask, use_cache = FLAT_MASK, False
         embeds_BSD = self.get_input_embeddings()(input_ids)
-        embeds_BSD = self._see(embeds_BSD, input_ids, pixel_values, tile_counts, vision_features)
+        embeds_BSD = self._see(embeds_BSD, input_ids, pixel_values, tile_counts, vision_features, image_embeds)
         out: CausalLMOutputWithPast = self.language_model(
             inputs_embeds=embeds_BSD,
             attention_mask=attention_mask,
@@ -134,9 +140,10 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
-        if labels is not None:
-            out.loss = self.loss_function(out.logits, labels, vocab_size=out.logits.shape[-1])
-        return out
+        if labels is None:
+            return out
+        loss = self.loss_function(out.logits, labels, vocab_size=out.logits.shape[-1])
+        return type(out)(**{**out, "loss": loss})
 
     def encode_images(
         self, pixel_values: Tensor, tile_counts: Sequence[int] | None = None,
@@ -175,8 +182,16 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _see(
         self, embeds_BSD: Tensor, input_ids: Tensor, pixel_values: Tensor | None, tile_counts: Sequence[int] | None,
-        features: VisionFeatures | None,
+        features: VisionFeatures | None, image_embeds: Tensor | None,
     ) -> Tensor:  # fmt: skip
+        if image_embeds is not None:
+            if pixel_values is not None or self.training:
+                raise UserError(
+                    "image_embeds were given where they cannot be used",
+                    found="a model in training mode" if self.training else "pixel_values beside them",
+                    expected="image_embeds alone, and model.eval()", remedy="pass pixel_values only, or image_embeds only",
+                )  # fmt: skip
+            return fuse(embeds_BSD, input_ids, image_embeds, self.image_token_id)
         if pixel_values is not None and pixel_values.shape[0] > 0:
             visual_XTD = self.encode_images(pixel_values, tile_counts, features)
             return fuse(embeds_BSD, input_ids, visual_XTD, self.image_token_id)
@@ -191,7 +206,8 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """Adds the images to the first step only: later steps find them in the cache."""
-        seen = {name: kwargs.pop(name, None) for name in ("pixel_values", "tile_counts", "vision_features")}
+        names = ("pixel_values", "tile_counts", "vision_features", "image_embeds")
+        seen = {name: kwargs.pop(name, None) for name in names}
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
         if kwargs.get("is_first_iteration", False) or not kwargs.get("use_cache", True):
             inputs |= seen
@@ -200,32 +216,25 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Repeats rows for beams or several answers, each with all of its images: transformers would repeat image by
-        image, and a row with two of them would see the first one twice."""
-        pixel_values, tile_counts = kwargs.pop("pixel_values", None), kwargs.pop("tile_counts", None)
-        if pixel_values is not None and input_ids is not None and expand_size > 1:
-            counts = self._tile_counts(pixel_values.shape[0], tile_counts) or [1] * pixel_values.shape[0]
-            images = iter(counts)
-            views = ((input_ids == self.image_token_id).sum(1) // self.num_image_tokens).tolist()
-            per_row = [self._images_of(own, images) for own in views]
-            rows = pixel_values.split([sum(own) for own in per_row])
-            pixel_values = torch.cat([tiles.repeat(expand_size, 1, 1, 1) for tiles in rows])
-            if tile_counts is not None:
-                tile_counts = [count for own in per_row for count in own * expand_size]
+        """Repeats rows for beams or several answers, each with all of its images, which are looked at once.
+
+        transformers would repeat image by image, and a row with two of them would see the first one twice.
+        """
+        images = {name: kwargs.pop(name, None) for name in ("pixel_values", "tile_counts", "vision_features")}
+        if expand_size > 1 and input_ids is not None:
+            embeds_XTD = kwargs.pop("image_embeds", None)
+            if images["pixel_values"] is not None and len(images["pixel_values"]):
+                embeds_XTD, images = self.encode_images(*images.values()), {}
+            if embeds_XTD is not None:
+                mask_BS = input_ids == self.image_token_id
+                check_counts(mask_BS, embeds_XTD)
+                rows = embeds_XTD.split((mask_BS.sum(1) // embeds_XTD.shape[1]).tolist())
+                images["image_embeds"] = torch.cat([row.repeat(expand_size, 1, 1) for row in rows])
         expanded: tuple[Tensor, dict[str, Any]] = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **kwargs
         )
-        if pixel_values is not None:
-            expanded[1].update(pixel_values=pixel_values, tile_counts=tile_counts)
+        expanded[1].update({name: value for name, value in images.items() if value is not None})
         return expanded
-
-    def _images_of(self, views: int, counts: Iterator[int]) -> list[int]:
-        """Takes the images of one row from those that remain: tiles of each, until they make up its views."""
-        own: list[int] = []
-        while views > 0:
-            own.append(next(counts))
-            views -= self.tiling.views(own[-1])
-        return own
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
