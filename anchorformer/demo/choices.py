@@ -1,0 +1,109 @@
+"""Which selectors can stand before a trained connector, and the same model with another one there."""
+
+from __future__ import annotations
+
+import copy
+import pkgutil
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+
+from anchorformer import selectors
+from anchorformer.errors import UserError
+from anchorformer.import_llava import read_selector
+from anchorformer.modeling import AnchorFormerForConditionalGeneration, parse_parts
+from anchorformer.schema import parse_plugin
+from anchorformer.selectors.base import SelectorConfig
+from anchorformer.views import build_selector, embeddings_per_view, view_sizes
+from anchorformer.vision import VisionTower
+
+BUDGETS = ("num_anchors", "window")
+"""Fields of which one decides how many anchors a selector gives."""
+
+Choices = dict[str, dict[int, SelectorConfig]]
+"""Name of a selector -> every T that it can give -> its config."""
+
+
+def choices(model: AnchorFormerForConditionalGeneration) -> Choices:
+    """The selectors that fit the model's tower and tiling, all on the layer that it was trained on.
+
+    One that reads the tower's output is left out where the model has been cut before it.
+    """
+    own, _ = parse_parts(model.config.selector, model.config.connector)
+    found: Choices = {}
+    for info in pkgutil.iter_modules(selectors.__path__):
+        if info.name == "base":
+            continue
+        spec = read_selector([f"selector={info.name}", f"selector.layer={own.layer}"])
+        config = parse_plugin(SelectorConfig, spec, selectors.__name__, info.name)
+        config = own if type(own) is type(config) else config
+        if _is_served(config, model.vision_tower) and (by_count := _by_count(config, model)):
+            found[info.name] = by_count
+    return found
+
+
+def trained_with(model: AnchorFormerForConditionalGeneration) -> tuple[str, int]:
+    """Name and T of the model's own selector."""
+    own, _ = parse_parts(model.config.selector, model.config.connector)
+    return type(own).__module__.rpartition(".")[2], _count(own, model)
+
+
+def with_selector(
+    model: AnchorFormerForConditionalGeneration, selector: SelectorConfig
+) -> AnchorFormerForConditionalGeneration:
+    """The model with another selector and a tower that taps what it reads; every weight is that of `model`."""
+    tower = model.vision_tower
+    with torch.random.fork_rng(devices=[]):
+        tapping = VisionTower.from_config(model.config.vision_config, selector.needs)
+    weights = tower.state_dict(keep_vars=True)
+    tapping.load_state_dict({name: weights[name] for name in tapping.state_dict()}, assign=True)
+    other = copy.copy(model)
+    other._modules = dict(model._modules)  # which a copy would share
+    other.vision_tower = tapping.to(model.device).requires_grad_(False).eval()
+    other.selector = build_selector(model.tiling, selector, tower.num_tokens, tower.num_heads, tower.has_cls)
+    other.num_image_tokens = _embeddings(selector, model)
+    return other
+
+
+def follows_anchors(model: AnchorFormerForConditionalGeneration) -> bool:
+    """Whether the connector makes one embedding of each anchor; those with queries of their own do not."""
+    _, connector = parse_parts(model.config.selector, model.config.connector)
+    tower = model.vision_tower
+    return all(connector.count(tower.num_tokens, count, tower.has_cls) == count for count in (1, 2))
+
+
+def nearest(counts: dict[int, Any], wanted: int) -> int:
+    """The possible T that is nearest to the one asked for."""
+    return min(counts, key=lambda count: (abs(count - wanted), count))
+
+
+def _is_served(config: SelectorConfig, tower: VisionTower) -> bool:
+    return (tower.has_cls or not config.needs_cls) and (tower.needs.final or not config.needs.final)
+
+
+def _by_count(config: SelectorConfig, model: AnchorFormerForConditionalGeneration) -> dict[int, SelectorConfig]:
+    tower = model.vision_tower
+    budget = next((field.name for field in fields(config) if field.name in BUDGETS), None)
+    most = min(view_sizes(model.tiling, tower.num_tokens, tower.has_cls))
+    candidates = [config] if budget is None else [replace(config, **{budget: value}) for value in range(1, most + 1)]
+    found: dict[int, SelectorConfig] = {}
+    for candidate in candidates:
+        try:
+            _embeddings(candidate, model)
+        except UserError:  # it cannot give that many
+            continue
+        found.setdefault(_count(candidate, model), candidate)
+    return dict(sorted(found.items()))
+
+
+def _count(config: SelectorConfig, model: AnchorFormerForConditionalGeneration) -> int:
+    tower = model.vision_tower
+    tokens = max(view_sizes(model.tiling, tower.num_tokens, tower.has_cls))
+    return config.count(tokens, tower.num_heads, tower.has_cls)
+
+
+def _embeddings(config: SelectorConfig, model: AnchorFormerForConditionalGeneration) -> int:
+    tower = model.vision_tower
+    _, connector = parse_parts(model.config.selector, model.config.connector)
+    return embeddings_per_view(model.tiling, config, connector, tower.num_tokens, tower.num_heads, tower.has_cls)
