@@ -28,7 +28,7 @@ def compose_config(overrides: Sequence[str]) -> EvalConfig:
         UserError: what `CommandLine` raises, an unknown task, or a value of the wrong type.
     """
     parsed = COMMAND_LINE.read([word for override in overrides for word in _in_full(override)])
-    composed = COMMAND_LINE.compose(parsed, [f"+eval@tasks.{name}={name}" for name in _chosen(parsed)])
+    composed = COMMAND_LINE.compose(parsed, [f"+eval@tasks.{name}={name}" for name in chosen(parsed)])
     del composed["task"]
     if isinstance(composed["conditions"], str):  # one may be named without brackets, as one task may
         composed["conditions"] = [composed["conditions"]]
@@ -97,9 +97,14 @@ def _quoted(value: str) -> str:
     return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-def _chosen(overrides: Sequence[Override]) -> list[str]:
-    chosen = [item for item in overrides if item.key_or_group == "task"]
-    names = values(chosen[-1]) if chosen else []
+def chosen(overrides: Sequence[Override]) -> list[str]:
+    """The tasks that `task=` names.
+
+    Raises:
+        UserError: one that conf/eval does not have.
+    """
+    given = [item for item in overrides if item.key_or_group == "task"]
+    names = values(given[-1]) if given else []
     for name in names:
         check_option("task", name, options("eval"), "name a file of conf/eval; a task of your own is one YAML there")
     return names

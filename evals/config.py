@@ -46,22 +46,49 @@ class EvalDataConfig(Schema):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig(Schema):
+class QuestionsConfig(Schema):
+    """Which questions there are."""
+
+    tasks: dict[str, dict[str, Any]]
+    """Name -> plug-in of `evals.tasks`."""
+    data: EvalDataConfig
+    limit: int | None = None
+    """So many questions of each task, spread evenly over it; null takes all."""
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise UserError(
+                "no task was named",
+                found="tasks={}",
+                expected="at least one name of conf/eval",
+                remedy="add task=docvqa_val, or several as task=[docvqa_val,chartqa_test]",
+            )
+        self._check_counts("limit")
+
+    def _check_counts(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(
+                    f"{name} is too small",
+                    found=value,
+                    expected="1 or more",
+                    remedy=f"set {name}=1, or more",
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(QuestionsConfig):
     """Everything that decides an evaluation."""
 
     model: str
     """Run folder (its `model/` is taken) or model folder."""
-    tasks: dict[str, dict[str, Any]]
-    """Name -> plug-in of `evals.tasks`."""
-    data: EvalDataConfig
     conditions: tuple[Condition, ...] = (Condition.right,)
     """Every task is run once per condition."""
     batch_size: int = 64
     """Questions answered together; scores do not depend on it."""
     ranks: int = 1
     """Processes that share the questions, one per card or each with its part of the cores."""
-    limit: int | None = None
-    """So many questions of each task, spread evenly over it; null asks all."""
     seed: int = 0
     """Decides which other image a question gets under `shuffled`."""
     template: TemplateName | None = None
@@ -73,22 +100,8 @@ class EvalConfig(Schema):
     """Folder of the results; null is `evals` in the folder named by `model`."""
 
     def __post_init__(self) -> None:
-        if not self.tasks:
-            raise UserError(
-                "no task was named",
-                found="tasks={}",
-                expected="at least one name of conf/eval",
-                remedy="add task=docvqa_val, or several as task=[docvqa_val,chartqa_test]",
-            )
-        for name in ("batch_size", "limit", "ranks"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(
-                    f"{name} is too small",
-                    found=value,
-                    expected="1 or more",
-                    remedy=f"set {name}=1, or more",
-                )
+        super().__post_init__()
+        self._check_counts("batch_size", "ranks")
         if not self.conditions or len(set(self.conditions)) < len(self.conditions):
             raise UserError(
                 "conditions must name each once",

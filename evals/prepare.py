@@ -1,4 +1,4 @@
-"""Everything that can be wrong with an evaluation, found before torch and the weights are loaded."""
+"""Everything that can be wrong with the questions of an evaluation, found before torch and the weights are loaded."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from pathlib import Path
 
 from anchorformer.errors import UserError
 from anchorformer.schema import parse_plugin
-from evals.config import EvalConfig
+from evals.config import QuestionsConfig
 from evals.questions import Question
 from evals.tasks.base import PACKAGE, TaskConfig
 
 
-def prepare(config: EvalConfig) -> dict[str, tuple[TaskConfig, list[Question]]]:
+def prepare(config: QuestionsConfig) -> dict[str, tuple[TaskConfig, list[Question]]]:
     """The tasks and what each of them asks.
 
     Raises:
