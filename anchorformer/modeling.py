@@ -189,7 +189,7 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 raise UserError(
                     "image_embeds were given where they cannot be used",
                     found="a model in training mode" if self.training else "pixel_values beside them",
-                    expected="image_embeds alone, and model.eval()", remedy="pass pixel_values only, or image_embeds only",
+                    expected="image_embeds alone, and model.eval()", remedy="pass only one of the two",
                 )  # fmt: skip
             return fuse(embeds_BSD, input_ids, image_embeds, self.image_token_id)
         if pixel_values is not None and pixel_values.shape[0] > 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from anchorformer.contracts import IGNORE_INDEX, Example
 from anchorformer.dialogue import PLACEHOLDER, read_turns
 from anchorformer.errors import UserError
 from anchorformer.images import ImageTransform
+from anchorformer.messages import Messages, read_messages
 from anchorformer.schema import parse, to_plain
 from anchorformer.templates import Picture, Segment, Special, Text, make_template
 from anchorformer.tiling import Size, Tiling
@@ -30,6 +31,9 @@ IMAGE_TOKEN = PLACEHOLDER
 
 Turns = Sequence[tuple[str, str]]
 """(role, text) in order; roles are `system` (first, optional), `user` and `assistant`."""
+
+_CHAT_HINTS = ("padding",)
+"""Arguments of `apply_chat_template` that ask for what is done anyway."""
 
 _OVERLENGTH = ("error", "drop", "truncate_answer")
 
@@ -180,14 +184,8 @@ class AnchorFormerProcessor(ProcessorMixin):
         Raises:
             UserError: the last turn is not the user's, and as `encode`.
         """
-        dialogue = read_turns(turns, len(images), sample_id)
-        if dialogue.exchanges[-1].answer is not None:
-            raise UserError(
-                f"{sample_id}: nothing is asked", found="a conversation that ends with an answer",
-                expected="a user's turn at the end", remedy="leave the reference answer out of the prompt",
-            )  # fmt: skip
         counts = [self.image_transform.count(image.size) for image in images]
-        ids, _ = self._to_ids(self._template.segments(dialogue, generate=True), counts)
+        ids, _ = self._to_ids(self._asking(turns, len(images), sample_id), counts)
         return torch.tensor(ids, dtype=torch.int64)
 
     def pad(self, rows: Sequence[Tensor], *, side: str = "left") -> BatchFeature:
@@ -249,6 +247,49 @@ class AnchorFormerProcessor(ProcessorMixin):
                 batch["tile_counts"] = [self.image_transform.count(image.size) for image in flat]
         return batch
 
+    def apply_chat_template(
+        self, conversation: Messages | Sequence[Messages], chat_template: str | None = None, *,
+        add_generation_prompt: bool = False, tokenize: bool = False, return_dict: bool = False,
+        return_tensors: str = "pt", **others: Any,
+    ) -> str | list[str] | Tensor | BatchFeature:  # fmt: skip
+        """What transformers' pipelines and others call: conversations as messages, written by this model's template.
+
+        Ids are those of `conversations=` with the same turns; see `read_messages` for how images are given.
+
+        Args:
+            conversation: messages, or a batch of such conversations.
+            add_generation_prompt: whether the assistant is to answer; the user's turn is the last one then.
+            tokenize: ids instead of text. Of the text of a first question `processor(text=..., images=...)` makes the
+                same ids; it puts the BOS in front that the text leaves out.
+            return_dict: everything that `generate` reads, not only ids.
+            others: what transformers may ask for and nobody does here, at the value that asks for nothing.
+
+        Raises:
+            UserError: another template or anything of `others` is asked for, ids without a generation prompt, and as
+                `read_messages` and `prompt`.
+        """
+        asked = {"chat_template": chat_template, **others}
+        refused = {name: value for name, value in asked.items() if value and name not in _CHAT_HINTS}
+        if refused or (tokenize and (not add_generation_prompt or return_tensors != "pt")):
+            raise UserError(
+                "the processor does not write conversations in this way",
+                found=refused or f"{tokenize=}, {add_generation_prompt=}, {return_tensors=}",
+                expected="the model's own template; ids with add_generation_prompt=True, return_tensors='pt'",
+                remedy="leave the argument out; for labels call `encode`, for another template `with_template`",
+            )  # fmt: skip
+        single = not conversation or isinstance(conversation[0], Mapping)
+        read = [read_messages(messages) for messages in ([conversation] if single else conversation)]
+        if tokenize:
+            batch = self([images for _, images in read], conversations=[turns for turns, _ in read])
+            return batch if return_dict else batch["input_ids"]
+        if add_generation_prompt:
+            written = [self._asking(turns, len(images), "prompt") for turns, images in read]
+        else:
+            dialogues = [read_turns(turns, len(images), "conversation") for turns, images in read]
+            written = [self._template.segments(dialogue, generate=False) for dialogue in dialogues]
+        texts = [self._text(segments) for segments in written]
+        return texts[0] if single else texts
+
     @property
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "pixel_values", "tile_counts"]
@@ -301,12 +342,37 @@ class AnchorFormerProcessor(ProcessorMixin):
         dialogue = read_turns(turns, len(tile_counts), sample_id)
         return self._to_ids(self._template.segments(dialogue, generate=False), tile_counts)
 
+    def _asking(self, turns: Turns, num_images: int, sample_id: str) -> list[Segment]:
+        dialogue = read_turns(turns, num_images, sample_id)
+        if dialogue.exchanges[-1].answer is not None:
+            raise UserError(
+                f"{sample_id}: nothing is asked", found="a conversation that ends with an answer",
+                expected="a user's turn at the end", remedy="leave the reference answer out of the prompt",
+            )  # fmt: skip
+        return self._template.segments(dialogue, generate=True)
+
+    def _text(self, segments: Sequence[Segment]) -> str:
+        """Segments as one text that `_written_out` reads: images as placeholders, no BOS of their own."""
+        texts = []
+        segments = segments[1:] if segments[:1] == [Special(self.tokenizer.bos_token_id)] else segments
+        for segment in segments:
+            match segment:
+                case Text(text):
+                    texts.append(text)
+                case Special(index):
+                    texts.append(self.tokenizer.convert_ids_to_tokens(index))
+                case Picture():
+                    texts.append(PLACEHOLDER)
+        return "".join(texts)
+
     def _written_out(self, text: str, images: Sequence[Image.Image]) -> Tensor:
         bos = self.tokenizer.bos_token
         missing = bos is not None and not text.startswith(bos)
         segments: list[Segment] = [Special(self.tokenizer.bos_token_id)] if missing else []
         for index, piece in enumerate(text.split(PLACEHOLDER)):
-            segments += [Picture()] * (index > 0) + [Text(piece, After.nothing)]
+            segments += [Picture()] * (index > 0) + [
+                Text(piece, self._template.after_image if index else After.nothing)
+            ]
         counts = [self.image_transform.count(image.size) for image in images]
         return torch.tensor(self._to_ids(segments, counts)[0], dtype=torch.int64)
 

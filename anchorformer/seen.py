@@ -43,7 +43,7 @@ class Seen:
     @cached_property
     @torch.no_grad()
     def image_embeds(self) -> Tensor:
-        """(views, T, D), for `generate` and `forward` of any batch that shows these images; computed when first asked."""
+        """(views, T, D), for `generate` and `forward` of any batch that shows these images; made at first use."""
         transform = self._processor.image_transform
         if not self.images:
             return torch.empty(0, self._processor.num_image_tokens, self._model.config.text_config.hidden_size)
@@ -62,13 +62,14 @@ class Seen:
             UserError: placeholders and images that do not match, or nothing is asked.
         """
         ids_S = self._processor.prompt(turns, self.images)
+        ids_BS = ids_S[None].to(self._model.device)
         with self._asking:
             cache, known = self._take(ids_S)
             views = self._count_images(ids_S[:known]) // self._processor.num_image_tokens
             read_S: Tensor = self._model.generate(
-                input_ids=ids_S[None].to(self._model.device), attention_mask=torch.ones_like(ids_S)[None].to(self._model.device),
-                image_embeds=self.image_embeds[views:], past_key_values=cache, use_cache=True, num_beams=1,
-                num_return_sequences=1, eos_token_id=self._processor.stop_token_ids, **settings,
+                input_ids=ids_BS, attention_mask=torch.ones_like(ids_BS), image_embeds=self.image_embeds[views:],
+                past_key_values=cache, use_cache=True, num_beams=1, num_return_sequences=1,
+                eos_token_id=self._processor.stop_token_ids, **settings,
             )[0].cpu()  # fmt: skip
             # The last token was chosen and never read.
             self._ids_S, self._cache = read_S[: cache.get_seq_length()], cache

@@ -54,6 +54,8 @@ class Template(Protocol):
     name: str
     stop: str
     """Text of what ends an answer, and is supervised with it."""
+    after_image: After
+    """What text behind an image is encoded as."""
 
     def segments(self, dialogue: Dialogue, *, generate: bool) -> list[Segment]:
         """The whole dialogue; with `generate` a last turn without answer is followed by the generation prompt."""
@@ -66,7 +68,7 @@ class PlainTemplate:
     A tokenizer without BOS (Qwen's) begins with the image.
     """
 
-    name, stop = "plain", "\n"
+    name, stop, after_image = "plain", "\n", After.nothing
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.bos_id: int | None = tokenizer.bos_token_id
@@ -77,7 +79,7 @@ class PlainTemplate:
         for exchange in dialogue.exchanges:
             if exchange.num_images:
                 segments += [Picture()] * exchange.num_images
-                after = After.nothing
+                after = self.after_image
             if exchange.answer is not None:
                 segments.append(Text(exchange.answer + self.stop, after, supervised=True))
                 after = After.text
@@ -93,7 +95,7 @@ class V1Template:
         UserError: the tokenizer has no BOS or no EOS token.
     """
 
-    name = "v1"
+    name, after_image = "v1", After.nothing
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
@@ -116,7 +118,7 @@ class V1Template:
                 said = "".join(exchange.pieces).strip()
                 for _ in range(exchange.num_images):
                     segments += [Text(text, after), Picture()]
-                    text, after = "\n", After.nothing
+                    text, after = "\n", self.after_image
                 text = f"\n{said}" if said else ""
             else:
                 text += said
@@ -141,7 +143,7 @@ class ChatTemplate:
         UserError: the tokenizer has no chat template.
     """
 
-    name = "chat"
+    name, after_image = "chat", After.special
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, specials: Sequence[str]) -> None:
         if not tokenizer.chat_template:
@@ -228,7 +230,7 @@ class ChatTemplate:
         for index, piece in enumerate(text.split(mark)):
             if index:
                 segments.append(Picture())
-                after = After.special
+                after = self.after_image
             if piece:
                 segments.append(Text(piece, after))
         return segments
