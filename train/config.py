@@ -94,12 +94,30 @@ class PartConfig(Schema):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig(Schema):
+    """An adapter of low rank (Hu et al., 2021) that is trained in place of the language model's own weights."""
+
+    rank: Count
+    alpha: Count
+    """What the adapter adds is multiplied by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of the adapter's input, while it trains."""
+    targets: tuple[str, ...]
+    """Linear layers of the language model's blocks that are adapted, by the end of their names: `q_proj`, ..."""
+    quantize: bool = False
+    """Keep the linear layers beneath in 4 bits (QLoRA, Dettmers et al., 2023): CUDA, bitsandbytes, ZeRO up to 2."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageConfig(Schema):
     """One training stage: what it trains, on how much, with which schedule."""
 
     name: StageName
     trains: dict[Part, PartConfig]
     """Parts that are trained; everything else is frozen and asserted to stay bit-equal."""
+    lora: LoraConfig | None = None
+    """Trains an adapter in place of the language model, whose settings in `trains` are then the adapter's; null trains
+    the language model itself where it is listed."""
     template: str
     """Conversation template: `plain`, `v1`, or `chat` for the tokenizer's own."""
     global_batch: Count
@@ -117,6 +135,15 @@ class StageConfig(Schema):
     """Largest total gradient norm; 0 switches clipping off."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     eps: Positive = 1e-8
+
+    def adapts(self, part: Part) -> bool:
+        """Whether of this part an adapter is trained and not its own weights."""
+        return self.lora is not None and part is Part.language_model
+
+    @property
+    def whole_parts(self) -> tuple[Part, ...]:
+        """The parts whose own weights are trained."""
+        return tuple(part for part in self.trains if not self.adapts(part))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,7 +306,8 @@ def check(config: RunConfig) -> None:
     Raises:
         UserError: global batch not divisible by the ranks, both or none of epochs and max_steps, finetune
             without `init_from`, unknown template or ZeRO stage, validation without tasks or the other way round,
-            compiled parts or a folded connector under ZeRO-3, cached features of a trained tower.
+            compiled parts or a folded connector under ZeRO-3, cached features of a trained tower, an adapter that
+            is not trained, has no layers, or is to be quantized where that is not possible.
     """
     stage, hardware = config.stage, config.hardware
     if stage.global_batch % config.world_size:
@@ -331,6 +359,8 @@ def check(config: RunConfig) -> None:
             found=f"data.feature_cache={config.data.feature_cache}, stage.trains with vision_tower",
             expected="a frozen vision tower, or no cache", remedy="set data.feature_cache=null",
         )  # fmt: skip
+    if stage.lora is not None:
+        check_lora(config, stage.lora)
     if stage.template not in TEMPLATE_NAMES:
         raise UserError(
             "stage.template is unknown",
@@ -338,3 +368,33 @@ def check(config: RunConfig) -> None:
             expected=f"one of {', '.join(TEMPLATE_NAMES)}",
             remedy="v1 is Vicuna's conversation, plain is a caption alone, chat is the tokenizer's own template",
         )
+
+
+def check_lora(config: RunConfig, lora: LoraConfig) -> None:
+    """
+    Raises:
+        UserError: see `check`.
+    """
+    if Part.language_model not in config.stage.trains:
+        raise UserError(
+            "stage.lora adapts a language model that the stage does not train",
+            found=f"stage.trains of {', '.join(part.value for part in config.stage.trains)}",
+            expected="language_model among them, with the adapter's learning rate",
+            remedy="set stage.trains.language_model.lr=2e-4, or lora=none",
+        )  # fmt: skip
+    if not lora.targets:
+        raise UserError(
+            "stage.lora adapts no layer", found="stage.lora.targets=[]", expected="names of linear layers",
+            remedy="e.g. stage.lora.targets=[q_proj,v_proj], or lora=none",
+        )  # fmt: skip
+    if lora.quantize and config.zero.stage == 3 and config.engine is EngineName.deepspeed:
+        raise UserError(
+            "4-bit weights do not go with ZeRO-3: it parts and gathers tensors without the scales that belong to them",
+            found="stage.lora.quantize=true, zero.stage=3", expected="zero.stage up to 2",
+            remedy="set zero=zero2, or lora=default to keep the weights whole under ZeRO-3",
+        )  # fmt: skip
+    if lora.quantize and config.hardware.device is Device.cpu:
+        raise UserError(
+            "4-bit weights are computed with on CUDA only", found="stage.lora.quantize=true, hardware.device=cpu",
+            expected="hardware.device=cuda", remedy="set lora=default on CPU",
+        )  # fmt: skip

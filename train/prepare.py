@@ -51,6 +51,7 @@ def prepare(config: RunConfig, command: Sequence[str], *, starts_here: bool = Tr
     is_new = not folder.config.is_file()
     if is_new:
         start = make_start_folder(config)
+        _check_adapter(config, start)
         check_samples(config, start)
         _fill_cache(config, start)
         _create(folder.path, config.resume != "never")
@@ -227,6 +228,13 @@ def _environment(folder: RunFolder, command: Sequence[str]) -> dict[str, Any]:
     earlier = json.loads(folder.environment.read_text()) if folder.environment.is_file() else None
     before = [] if earlier is None else [*earlier.pop("before"), earlier]
     return {**environment.facts(command), "before": before}
+
+
+def _check_adapter(config: RunConfig, start: Path) -> None:
+    if config.stage.lora is not None:
+        from train.lora import check_adapter  # imports torch
+
+        check_adapter(config, start)
 
 
 def _fill_cache(config: RunConfig, start: Path) -> None:

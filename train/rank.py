@@ -36,6 +36,7 @@ from train.faults.progress import Phase, Progress
 from train.faults.replay import Order, replay
 from train.faults.watchdog import Watchdog
 from train.features import cache_of
+from train.lora import add_adapter
 from train.observe.journal import read_lines
 from train.precision import choose_dtype
 from train.repro import naming_what_is_not_deterministic, set_determinism
@@ -123,6 +124,8 @@ def run_rank(
     progress.enter(Phase.loading)
     with loading(config, world, dtype):
         model = load_model(start, dtype, config.model.connector)
+    if config.stage.lora is not None:
+        add_adapter(model, config.stage.lora, config.seed, world.device)
     freeze(model, config.stage)
     set_computation(model, config.hardware)
     progress.enter(Phase.starting)

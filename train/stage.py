@@ -7,10 +7,12 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from anchorformer.errors import UserError
+from anchorformer.weights import part_state
 from train.config import Part, StageConfig
+from train.lora import is_adapter
 from train.optim import full_shape
 
 
@@ -27,7 +29,7 @@ class PartRow:
 
 
 def freeze(model: nn.Module, stage: StageConfig) -> None:
-    """Leaves gradients on for exactly the declared parts.
+    """Leaves gradients on for exactly the declared parts, or their adapters, which have been put in before.
 
     Raises:
         UserError: the stage trains nothing, or the model has parameters outside every known part.
@@ -42,8 +44,8 @@ def freeze(model: nn.Module, stage: StageConfig) -> None:
     for part in Part:
         module = getattr(model, part.value)
         known |= {id(parameter) for parameter in module.parameters()}
-        if part in stage.trains:
-            module.requires_grad_(True)
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(part in stage.trains and (is_adapter(name) or not stage.adapts(part)))
     stray = [name for name, parameter in model.named_parameters() if id(parameter) not in known]
     if stray:
         raise UserError(
@@ -84,18 +86,28 @@ def render(rows: list[PartRow]) -> str:
 
 
 def assert_declared(model: nn.Module, stage: StageConfig, optimized: set[int]) -> None:
-    """After the engine's start: each part trains whole or not at all, and the optimizer holds exactly what is trained.
+    """After the engine's start: each part trains whole, by its adapter or not at all, and the optimizer holds exactly
+    what is trained.
 
     Args:
         optimized: `id` of every parameter that the engine will update.
     """
     for row in table(model, stage):
-        expected = row.total if row.part in stage.trains else 0
+        expected = row.total if row.part in stage.whole_parts else 0
+        if stage.adapts(row.part):
+            own = getattr(model, row.part.value).named_parameters()
+            expected = sum(math.prod(full_shape(value)) for name, value in own if is_adapter(name))
         if row.trainable != expected:
             raise AssertionError(f"{row.part.value}: {row.trainable} trainable values after start, {expected} declared")
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     if trained != optimized:
         raise AssertionError(f"optimizer holds {len(optimized)} tensors, the stage trains {len(trained)}")
+
+
+def trained_state(model: nn.Module, stage: StageConfig, part: Part) -> dict[str, Tensor]:
+    """Tensors that a stage changes in a part, under their full names: all of it, or its adapter."""
+    state = part_state(model, part.value)
+    return {name: value for name, value in state.items() if is_adapter(name)} if stage.adapts(part) else state
 
 
 def trained_digest(model: nn.Module) -> str:

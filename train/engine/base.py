@@ -111,12 +111,13 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     def gather(self, part: Part) -> dict[str, Tensor] | None:
-        """Every tensor of a part under its full name, on the CPU of rank 0; None on other ranks. All ranks call it."""
+        """Every tensor of a part, or of its adapter where only that is trained, under its full name on the CPU of
+        rank 0; None on other ranks. All ranks call it."""
 
     @property
     def form(self) -> Form:
         """How the state is written: whole where it is small or every process has it all anyway, else rank by rank."""
-        is_small = set(self.config.stage.trains) == {Part.connector}
+        is_small = set(self.config.stage.whole_parts) <= {Part.connector}
         return Form.whole if is_small or not self._is_parted else Form.shards
 
     @property

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from anchorformer.contracts import Batch
-from anchorformer.weights import part_state
 from train.config import Part, RunConfig
 from train.distributed import World
 from train.engine.base import Engine
 from train.loss import supervised_loss
 from train.optim import build_optimizer, build_scheduler, part_of_parameter, prime
 from train.run.fingerprint import Piece
-from train.stage import assert_declared
+from train.stage import assert_declared, trained_state
 
 
 class PlainEngine(Engine):
@@ -76,7 +75,9 @@ class PlainEngine(Engine):
         return {name: Piece.whole(tensor) for name, tensor in held.items()}
 
     def gather(self, part: Part) -> dict[str, Tensor] | None:
-        return {name: tensor.detach().cpu() for name, tensor in part_state(self.model, part.value).items()}
+        return {
+            name: tensor.detach().cpu() for name, tensor in trained_state(self.model, self.config.stage, part).items()
+        }
 
     def _save_shards(self, folder: Path) -> list[Path]:
         raise NotImplementedError("one process writes whole tensors")

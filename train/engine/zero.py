@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from anchorformer.contracts import Batch
-from anchorformer.weights import part_state
 from train.config import Part, RunConfig
 from train.distributed import World
 from train.engine.base import Engine
@@ -23,7 +22,7 @@ from train.engine.partition import Partition
 from train.loss import supervised_loss
 from train.optim import build_optimizer, build_scheduler, part_of_parameter
 from train.run.fingerprint import Piece
-from train.stage import assert_declared
+from train.stage import assert_declared, trained_state
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +89,7 @@ class ZeroEngine(Engine):
         self._partition.publish()
 
     def gather(self, part: Part) -> dict[str, Tensor] | None:
-        tensors = part_state(self.model, part.value)
+        tensors = trained_state(self.model, self.config.stage, part)
         if self._stage == 3:
             from deepspeed.runtime.zero import GatheredParameters
 

@@ -55,7 +55,7 @@ class Observer:
         self._validation = Validation(config, world) if config.eval.every is not None else None
         self._health = Health(config, world, folder.media) if config.health.every is not None else None
         self._console = Console(run.total_steps, run.first)
-        self._mfu = mfu_of(run.engine.model, config.stage.trains, world)
+        self._mfu = mfu_of(run.engine.model, config.stage.whole_parts, world)
         self._lag = Lag()
         self._tracker: Background | None = None
         if world.is_main:

@@ -86,6 +86,11 @@ class RunFolder:
         return self.path / "model"
 
     @property
+    def adapter(self) -> Path:
+        """What a run with `stage.lora` has learnt, in PEFT's format, once the run is done; `model` has it merged."""
+        return self.path / "adapter"
+
+    @property
     def done(self) -> Path:
         """Exists when the run is complete."""
         return self.path / "DONE"
