@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 from anchorformer.errors import UserError
 from anchorformer.modeling import AnchorFormerForConditionalGeneration
 from anchorformer.processing import AnchorFormerProcessor, Turns
+from anchorformer.seen import Seen
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 """What stands at the end of decoded text as long as its last character is incomplete."""
@@ -26,6 +27,10 @@ class Answer:
 
     A piece is never half a character, special tokens are in none, nor is white space before the first word; joined, the
     pieces are `text`.
+
+    Args:
+        images: of the turns' placeholders; where several answers are about the same ones, as one `Seen`, so that each
+            reads only what the one before it had not.
 
     Attributes:
         inputs: what the model reads, on its device.
@@ -40,15 +45,16 @@ class Answer:
 
     def __init__(
         self, model: AnchorFormerForConditionalGeneration, processor: AnchorFormerProcessor, turns: Turns,
-        images: Sequence[Image.Image], *, max_new_tokens: int = 256,
+        images: Sequence[Image.Image] | Seen, *, max_new_tokens: int = 256,
     ) -> None:  # fmt: skip
         if max_new_tokens < 1:
             raise UserError(
                 "an answer has no room", found=f"max_new_tokens={max_new_tokens}", expected="at least 1",
                 remedy="leave it out, or raise it",
             )  # fmt: skip
-        self._model, self._processor = model, processor
-        self.inputs: BatchFeature = processor([list(images)], conversations=[turns]).to(model.device)
+        self._model, self._processor, self._turns = model, processor, turns
+        self._seen = images if isinstance(images, Seen) else Seen(model, processor, images)
+        self.inputs: BatchFeature = processor([self._seen.images], conversations=[turns]).to(model.device)
         self._max_new_tokens = min(max_new_tokens, self._room())
         self.ids: list[int] = []
         self.text = ""
@@ -90,9 +96,8 @@ class Answer:
 
     def _generate(self, tokens: queue.SimpleQueue[int | None], left: threading.Event, failed: list[Exception]) -> None:
         try:
-            self._model.generate(
-                **self.inputs, do_sample=False, max_new_tokens=self._max_new_tokens,
-                eos_token_id=self._processor.stop_token_ids, streamer=_Tokens(tokens),
+            self._seen.generate(
+                self._turns, do_sample=False, max_new_tokens=self._max_new_tokens, streamer=_Tokens(tokens),
                 stopping_criteria=StoppingCriteriaList([_WhenLeft(left)]),
             )  # fmt: skip
         except Exception as error:  # noqa: BLE001 (raised again where the answer is read)
@@ -103,8 +108,10 @@ class Answer:
     def _more(self, *, is_last: bool) -> Iterator[str]:
         # All of it anew each time: how a token reads may depend on the one before it.
         text = self._processor.tokenizer.decode(self.ids, skip_special_tokens=True).lstrip()
-        if not is_last and text.endswith(REPLACEMENT):
-            return
+        if text.endswith(REPLACEMENT):
+            if not is_last:
+                return
+            text = text.rstrip(REPLACEMENT)  # the rest of it never came
         new, self.text = text[len(self.text) :], text
         if new:
             yield new

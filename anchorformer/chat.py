@@ -15,6 +15,7 @@ from anchorformer.dialogue import PLACEHOLDER
 from anchorformer.errors import UserError, run_guarded
 from anchorformer.images import open_image
 from anchorformer.opening import Opened, open_model
+from anchorformer.seen import Seen
 
 HELP = "/image PATH begins anew with another image, /quit leaves"
 
@@ -27,20 +28,21 @@ def chat(opened: Opened, image: Image.Image, lines: Iterable[str], *, max_new_to
     Args:
         lines: what the user types, a question or command each.
     """
-    turns: list[tuple[str, str]] = []
+    seen, turns = Seen(opened.model, opened.processor, [image]), list[tuple[str, str]]()
     for line in map(str.strip, lines):
         command, _, argument = line.partition(" ")
         try:
             if command == "/quit":
                 return
             if command == "/image":
-                image, turns = open_image(Path(argument.strip()).expanduser()), []
+                image = open_image(Path(argument.strip()).expanduser())
+                seen, turns = Seen(opened.model, opened.processor, [image]), []
                 yield f"{argument.strip()}: {image.width} x {image.height} pixels\n"
             elif command.startswith("/"):
                 yield f"{command} is no command; {HELP}\n"
             elif line:
                 asked = (*turns, ("user", line if turns else f"{PLACEHOLDER}\n{line}"))
-                answer = Answer(opened.model, opened.processor, asked, [image], max_new_tokens=max_new_tokens)
+                answer = Answer(opened.model, opened.processor, asked, seen, max_new_tokens=max_new_tokens)
                 yield from answer
                 yield "\n"
                 turns = [*asked, ("assistant", answer.text.strip())]
