@@ -9,6 +9,7 @@ from anchorformer.errors import UserError, run_guarded
 
 COMMANDS = {
     "cpu": "bench.cpu",
+    "generate": "bench.generate",
     "gpu-micro": "bench.gpu.micro",
     "gpu-step": "bench.gpu.step",
     "gpu-ladder": "bench.gpu.ladder",
