@@ -102,7 +102,10 @@ def write_folder(
     """
     generation = GenerationConfig.from_model_config(config.text_config)
     # A placeholder is something that is read, never something that is said.
-    generation.update(suppress_tokens=[processor.image_token_id], pad_token_id=_pad_token_id(processor.tokenizer))
+    generation.update(
+        suppress_tokens=[processor.image_token_id], pad_token_id=_pad_token_id(processor.tokenizer),
+        eos_token_id=processor.stop_token_ids,
+    )  # fmt: skip
     partial = out.with_name(f".tmp-{out.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -20,12 +20,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
-from transformers import GenerationConfig, ProcessorMixin
+from transformers import GenerationConfig
 
 from anchorformer.configuration import AnchorFormerConfig
 from anchorformer.errors import UserError
 from anchorformer.hub import CONFIG, INDEX, check_files, read_mapping, read_object, read_weight_map
 from anchorformer.modeling import AnchorFormerForConditionalGeneration, parse_parts, parse_tiling
+from anchorformer.processing import AnchorFormerProcessor
 from anchorformer.schema import plugin_to_plain, to_plain
 from anchorformer.tiling import Tiling
 from anchorformer.vision import VisionTower
@@ -50,7 +51,7 @@ def write_parts(folder: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> None
 
 
 def derive_folder(
-    base: Path, replaced: Mapping[str, Mapping[str, Tensor]], out: Path, processor: ProcessorMixin | None = None
+    base: Path, replaced: Mapping[str, Mapping[str, Tensor]], out: Path, processor: AnchorFormerProcessor | None = None
 ) -> Path:
     """A new model folder like `base` with the tensors of some parts replaced; unchanged files are linked, not copied.
 
@@ -58,7 +59,8 @@ def derive_folder(
 
     Args:
         replaced: part -> every tensor of that part, under its full name.
-        processor: written instead of the base's, for a stage with a conversation template of its own.
+        processor: written instead of the base's, for a stage with a conversation template of its own; answers of the
+            new folder end where that template ends them.
 
     Raises:
         UserError: the names or shapes of a replaced part differ from the base's.
@@ -110,11 +112,14 @@ def bytes_copied(base: Path, replaced: Collection[str], place: Path) -> int:
 
 def _write_derived(
     partial: Path, base: Path, replaced: Mapping[str, Mapping[str, Tensor]], stale: Collection[str],
-    base_map: Mapping[str, str], known: Mapping[str, Any], processor: ProcessorMixin | None,
+    base_map: Mapping[str, str], known: Mapping[str, Any], processor: AnchorFormerProcessor | None,
 ) -> None:  # fmt: skip
     partial.mkdir(parents=True)
     if processor is not None:
         processor.save_pretrained(partial)
+        generation = GenerationConfig.from_pretrained(base, local_files_only=True)
+        generation.update(eos_token_id=processor.stop_token_ids)
+        generation.save_pretrained(partial)
     linked = [name for name in known if name not in {*stale, INDEX} and not (partial / name).exists()]
     for name in linked:
         # Only shards are linked, which nobody edits by hand; a change to a linked config would change its siblings'.

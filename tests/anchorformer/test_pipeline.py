@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import pipeline
+from transformers import GenerationConfig, pipeline
 
 import anchorformer.auto  # noqa: F401  (makes the model known to transformers)
 from anchorformer.errors import UserError
 from anchorformer.images import ImageTransform
 from anchorformer.processing import AnchorFormerProcessor
+from anchorformer.weights import check_folder, derive_folder
 from tests.conftest import Assemble
 
 Make = Callable[..., Any]
@@ -173,3 +174,17 @@ def test_the_pipeline_answers_as_generate_does(assemble_tiny: Assemble, tiling: 
     assert full[-1]["role"] == "assistant"
     with pytest.raises(UserError, match="continue_final_message"):
         pipe(text=[*ASKED, {"role": "assistant", "content": [text("it is")]}])
+
+
+def test_generation_ends_where_the_template_ends_an_answer(assemble_tiny: Assemble, tmp_path: Path) -> None:
+    """Also for those who know nothing of templates, and after a stage with another one."""
+    start = assemble_tiny(template="plain")
+    processor = AnchorFormerProcessor.from_pretrained(start)
+    newline = processor.stop_token_ids[0]
+    assert processor.tokenizer.decode([newline]) == "\n"
+    assert GenerationConfig.from_pretrained(start).eos_token_id == [newline, processor.tokenizer.eos_token_id]
+    done = derive_folder(start, {}, tmp_path / "done", processor.with_template("chat"))
+    before, after = (GenerationConfig.from_pretrained(folder).to_dict() for folder in (start, done))
+    assert after.pop("eos_token_id") == [processor.tokenizer.eos_token_id] != before.pop("eos_token_id")
+    assert after == before
+    check_folder(done)
