@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 NAME = "anchorformer"
-"""What `lmms_eval --model` takes."""
+"""What `python -m lmms_eval --model` takes."""
 
 
 def manifest() -> Any:

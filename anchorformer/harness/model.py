@@ -1,4 +1,4 @@
-"""The model as lmms-eval 0.7.3 calls it: requests in, answers or losses out in their order, in a simple and a chat form."""
+"""The model as lmms-eval 0.7.3 calls it: requests in, answers or losses out in their order; simple form and chat."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ import anchorformer.auto  # noqa: F401  (makes the processor known to AutoProces
 from anchorformer import hub
 from anchorformer.contracts import IGNORE_INDEX
 from anchorformer.errors import UserError
-from anchorformer.harness.requests import Asked, Decoding, from_messages, from_text
+from anchorformer.harness.requests import Asked, Decoding, from_text
+from anchorformer.messages import read_messages
 from anchorformer.processing import AnchorFormerProcessor
 from anchorformer.weights import check_folder, load_model
 
@@ -126,7 +127,7 @@ class AnchorFormerSimple(lmms):
             inputs = self.processor.pad([example.input_ids_S for example in examples])
             labels_BL = torch.stack([_left(example.labels_S, inputs["input_ids"].shape[1]) for example in examples])
             tiles_B3HW = torch.cat([example.tiles_B3HW for example in examples])
-            counts = [count for example in examples for count in example.tile_counts]
+            counts = [count for each in examples for count in each.tile_counts or (1,) * each.tiles_B3HW.shape[0]]
             mask_BL = inputs["attention_mask"].to(self.device)
             kept = 1 + max(int((labels_S != IGNORE_INDEX).sum()) for labels_S in labels_BL)  # rows end with the answer
             logits_BLD = self.model(
@@ -190,14 +191,14 @@ class AnchorFormerChat(AnchorFormerSimple):
 
     def _asked(self, arguments: tuple[Any, ...]) -> Asked:
         _, to_messages, _, *where = arguments
-        return from_messages(to_messages(self._document(*where)))
+        return Asked(*read_messages(to_messages(self._document(*where))))
 
     def _next(self, arguments: tuple[Any, ...], number: int, said: list[str], memory: Any) -> Round:
         _, to_messages, _, *where = arguments
         messages, is_over, said, memory = to_messages(
             self._document(*where), round_idx=number, previous_output=said, previous_round_info=memory
         )
-        return None if is_over else from_messages(messages), list(said), memory
+        return None if is_over else Asked(*read_messages(messages)), list(said), memory
 
     def _options(self, arguments: tuple[Any, ...]) -> Mapping[str, Any]:
         return arguments[2] or {}

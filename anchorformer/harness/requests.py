@@ -41,34 +41,13 @@ def from_text(text: str, visuals: Sequence[Any] | None) -> Asked:
     return Asked((("user", text),), images)
 
 
-def from_messages(messages: Sequence[Mapping[str, Any]]) -> Asked:
-    """The chat form: an image stands where its message has it, on a line of its own.
-
-    Raises:
-        UserError: content that is neither text nor an image.
-    """
-    images: list[Image.Image] = []
-    turns = []
-    for message in messages:
-        content = message["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        text = ""
-        for part in parts:
-            if part["type"] == "text":
-                text += part["text"]
-            else:
-                images.append(_image(part.get("url")))
-                text += f"{PLACEHOLDER}\n"
-        turns.append((str(message["role"]), text))
-    return Asked(turns, images)
-
-
 def _image(visual: Any) -> Image.Image:
     if isinstance(visual, Image.Image):
-        return visual.convert("RGB")
+        return visual
     raise UserError(
         "this model looks at images only", found=f"{type(visual).__name__} {str(visual)[:60]!r}",
-        expected="images that the task has opened (PIL)", remedy="choose a task of images; video and audio are not read",
+        expected="images that the task has opened (PIL)",
+        remedy="choose a task of images; video and audio are not read",
     )  # fmt: skip
 
 

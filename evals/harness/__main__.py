@@ -46,7 +46,7 @@ def usage() -> str:
        several tasks: "task=[docvqa_val,chartqa_test]"; a value of one: tasks.<task>.source.prompt_suffix=...
 
 Writes the questions of tasks as lmms-eval reads local ones: <task>.jsonl and <task>.yaml, to be named with
-`lmms_eval --model anchorformer --include_path <out> --tasks local_<task>` (docs/harness.md).
+`python -m lmms_eval --model anchorformer --include_path <out> --tasks local_<task>` (docs/harness.md).
 
 {listed("tasks:", options("eval"), ",")}
 {listed("keys:", defaults(HarnessConfig))}"""
