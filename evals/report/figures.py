@@ -57,8 +57,8 @@ def peak_memory(stage: Stage) -> float | None:
 
 def ms_per_question(result: Row) -> float | None:
     """Milliseconds of evaluation per question: generation in batches, on the machine that the result names."""
-    taken, asked = result["time"]["seconds"], result.get("n")
-    return 1000 * taken / asked if asked else None
+    asked = _asked(result)
+    return 1000 * result["time"]["seconds"] / asked if asked else None
 
 
 def scored(entry: Entry, condition: Condition = Condition.right) -> dict[str, Row]:
@@ -104,8 +104,8 @@ def costs(entry: Entry) -> dict[str, float | None]:
         for condition, result in task.items() if condition is Condition.right
     ]  # fmt: skip
     tokens = {result.get("visual_tokens_per_image") for result in results} - {None}
-    answered = [result for result in results if not lower_is_better(result) and result.get("n")]
-    questions = sum(result["n"] for result in answered)
+    answered = [result for result in results if not lower_is_better(result) and _asked(result)]
+    questions = sum(map(_asked, answered))
     return {
         "visual tokens": tokens.pop() if len(tokens) == 1 else None,
         "ms/question": 1000 * sum(result["time"]["seconds"] for result in answered) / questions if questions else None,
@@ -123,6 +123,11 @@ def step_seconds(entry: Entry) -> float | None:
 def mean(values: Iterable[Any]) -> float | None:
     collected = list(values)
     return math.fsum(collected) / len(collected) if collected else None
+
+
+def _asked(result: Row) -> int:
+    """Questions that the result's seconds were spent on: without those that a killed evaluation had answered."""
+    return int(result.get("n", 0) - result["time"].get("answered_before", 0))
 
 
 def _window(stage: Stage) -> int:

@@ -44,7 +44,8 @@ def read_lines(
     text = path.read_text("utf-8", errors="replace")
     end = text.rfind("\n") + 1
     rows = []
-    for number, line in enumerate(text[:end].splitlines(), start=1):
+    # Not `splitlines`: answers may hold other ends of lines (U+2028), which JSON does not escape.
+    for number, line in enumerate(text[:end].split("\n")[:-1], start=1):
         try:
             content = _checked(json.loads(line), needs)
         except ValueError as error:

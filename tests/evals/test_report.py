@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from anchorformer.errors import UserError
+from evals.config import Condition
 from evals.report import __main__ as command
-from evals.report import tables
+from evals.report import figures, tables
 from evals.report.gathering import gather
+from evals.report.overlays import answers
 from evals.report.seeds import group
 from tests.evals.runs_on_disk import config, write_result, write_stage, write_sweep
 
@@ -260,3 +262,24 @@ def test_scores_of_other_questions_are_not_set_side_by_side_in_silence(tmp_path:
 def test_a_loss_that_is_not_finite_is_told_as_it_is(tmp_path: Path) -> None:
     write_stage(tmp_path / "align", [1.0, float("nan")])
     assert cells(report(tmp_path / "align"), "align")[2:4] == ["1.000", "nan"]
+
+
+def test_an_answer_may_hold_any_character(tmp_path: Path) -> None:
+    write_stage(tmp_path / "a", [1.0], {"scene": {"right": 0.5}})
+    path = tmp_path / "a" / "evals" / "scene-right.jsonl"
+    path.write_text(path.read_text().replace("<b>right</b>", "one\u2028two\x85three"), "utf-8")
+    [found] = answers(group(gather([tmp_path / "a"])))
+    assert found.rows[0][2][0] is not None
+    assert found.rows[0][2][0][0] == "one\u2028two\x85three"
+
+
+def test_time_is_of_the_questions_that_it_was_spent_on(tmp_path: Path) -> None:
+    """An evaluation that was killed is not asked again what it had answered, and its seconds are the last attempt's."""
+    write_stage(tmp_path / "a", [1.0], {"scene": {"right": 0.5}})
+    path = tmp_path / "a" / "evals" / "scene-right.json"
+    result = json.loads(path.read_text())
+    for before, expected in ((0, 15.0), (90, 150.0), (100, None)):
+        path.write_text(json.dumps(result | {"time": {"seconds": 1.5, "answered_before": before}}))
+        [entry] = gather([tmp_path / "a"])
+        assert figures.costs(entry)["ms/question"] == expected
+        assert figures.ms_per_question(entry.stages[0].results["scene"][Condition.right]) == expected

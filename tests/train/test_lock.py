@@ -70,6 +70,23 @@ def test_an_empty_lock_does_not_hold_for_ever(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_lock_that_another_launch_clears_away_at_the_same_time_is_nobodys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = holder(pid=2**22 - 1)
+    path = tmp_path / lock.FILE
+    path.write_text(json.dumps(asdict(gone)))
+    clear_away = lock._clear_away
+
+    def second(place: Path, found: lock.Holder | None) -> None:
+        path.unlink()  # by the first
+        clear_away(place, found)
+
+    monkeypatch.setattr(lock, "_clear_away", second)
+    with lock.held(tmp_path):
+        assert lock._read(path).pid == os.getpid()
+
+
 @pytest.fixture
 def rank(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process that has reported as rank 1 of an earlier launch."""

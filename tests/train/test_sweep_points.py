@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anchorformer.errors import UserError
-from anchorformer.schema import parse
+from anchorformer.schema import parse, to_plain
 from data.overrides import options
 from tests.train.cases import ALIGN, run_config
 from tests.train.fake_trials import say
 from train.config import StageName
+from train.run.identity import hashed, numbers
 from train.sweep import points as planning
 from train.sweep.config import SweepConfig
 from train.sweep.points import Plan, adopt, config_hash, plan
@@ -101,6 +102,15 @@ def test_what_cannot_be_swept_is_refused_before_anything_starts(words: list[str]
     with pytest.raises(UserError) as caught:
         planned(*words)
     assert said in str(caught.value)
+
+
+def test_a_key_that_came_later_and_is_null_changes_no_hash() -> None:
+    """A sweep, or a month's run, that was begun before there was such a key goes on."""
+    config = run_config(ALIGN)
+    plain = to_plain(config)
+    assert plain["stage"].pop("lora") is None
+    assert hashed(config) == plain
+    assert "lora" not in numbers(config)["stage"]
 
 
 @pytest.mark.slow

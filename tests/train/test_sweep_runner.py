@@ -133,6 +133,17 @@ def test_an_interrupt_asks_first_and_the_second_leaves_no_process(tmp_path: Path
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.faults
+def test_under_nohup_a_closed_terminal_stops_nothing(tmp_path: Path) -> None:
+    add(tmp_path, "one", python("wait", WAIT.replace("120", "1"), tmp_path / "there"))
+    argv = ["nohup", sys.executable, "-m", "tests.train.fake_trials", str(tmp_path), "1"]
+    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until((tmp_path / "there").exists)
+    process.send_signal(signal.SIGHUP)
+    process.wait(60)
+    assert TrialFolder(tmp_path / "one").state() is State.done
+
+
 def is_alive(pid: int) -> bool:
     stat = Path(f"/proc/{pid}/stat")
     return stat.is_file() and stat.read_text().rpartition(")")[2].split()[0] != "Z"

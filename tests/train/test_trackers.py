@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from PIL import Image
@@ -31,6 +32,7 @@ from train.observe.background import Background
 from train.observe.feed import BusyError, curves, feed
 from train.observe.journal import Journal, Tail
 from train.observe.trackers.base import Picture, Subject, TrackerConfig
+from train.observe.trackers.trackio import LOOPBACK
 from train.run.folder import RunFolder
 from train.verbs import sync
 
@@ -346,6 +348,32 @@ def test_trackio_has_every_run_once(make_run: MakeRun, tmp_path: Path) -> None:
     (one.tracker / "trackio.json").unlink()
     assert "6 step(s) shown" in synced(one, *words)
     assert len({name for name, _ in rows(tmp_path)}) == 3
+
+
+SERVE = """
+import sys
+def told(event, arguments):
+    if event == "socket.bind" and isinstance(arguments[1], tuple):
+        print("bound", arguments[1][0], file=sys.__stdout__, flush=True)
+sys.addaudithook(told)
+from train.observe.trackers.trackio import TrackioConfig
+print("served", TrackioConfig(folder=sys.argv[1]).serve(), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_the_dashboard_is_bound_to_loopback_alone(tmp_path: Path) -> None:
+    # By these, other programs on the same library are opened to the network.
+    variables = {**os.environ, "GRADIO_SERVER_NAME": "0.0.0.0", "GRADIO_SHARE": "True"}
+    done = subprocess.run(
+        [sys.executable, "-c", SERVE, str(tmp_path)], cwd=ROOT, env=variables, capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = [line.split() for line in done.stdout.splitlines()]
+    assert {address for word, address, *_ in found if word == "bound"} == {LOOPBACK}
+    assert [urlsplit(address).hostname for word, address, *_ in found if word == "served"] == [LOOPBACK]
+    assert "write_token" not in done.stdout, "the token lets a visitor delete runs"
 
 
 def rows(folder: Path) -> list[tuple[str, int]]:

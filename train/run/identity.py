@@ -33,6 +33,10 @@ MAY_CHANGE = {
 how a step is cut and computed, because the next machine may be another; what happens to bad images, because who meets
 one must be able to go on."""
 
+CAME_LATER = {"stage": ("lora",)}
+"""Keys that older configurations do not have: null, they are left out of hashes, so that a run that was begun before
+them goes on, and a trial of a sweep keeps its id."""
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -65,12 +69,22 @@ MUST_STAY = ("config", "start", "data", "order", "trained")
 
 def numbers(config: RunConfig) -> dict[str, Any]:
     """The configuration without what may change between a run and its resumption."""
-    plain: dict[str, Any] = to_plain(config)
+    plain = hashed(config)
     for group, keys in MAY_CHANGE.items():
         if not keys:
             del plain[group]
         for key in keys:
             del plain[group][key]
+    return plain
+
+
+def hashed(config: RunConfig) -> dict[str, Any]:
+    """The values of a configuration as they are hashed: without those of `CAME_LATER` that are null."""
+    plain: dict[str, Any] = to_plain(config)
+    for group, keys in CAME_LATER.items():
+        for key in keys:
+            if plain[group][key] is None:
+                del plain[group][key]
     return plain
 
 

@@ -201,7 +201,10 @@ def _is_abandoned(path: Path) -> bool:
 def _clear_away(path: Path, gone: Holder | None) -> None:
     """Removes the lock of a holder that is gone, and no other that has taken its place meanwhile."""
     aside = path.with_name(f".{FILE}-{os.getpid()}")
-    path.rename(aside)
+    try:
+        path.rename(aside)
+    except FileNotFoundError:
+        return  # another launch has been quicker
     found = _read(aside)
     if found != gone or (found is None and not _is_abandoned(aside)):
         aside.rename(path)

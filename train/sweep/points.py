@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from anchorformer.errors import UserError
-from anchorformer.schema import to_plain
 from train.compose import compose
 from train.config import RunConfig, StageName
 from train.prepare import check_parts
-from train.run.identity import numbers_digest
+from train.run.identity import hashed, numbers_digest
 from train.sweep.config import SweepConfig, every_product
 from train.sweep.trial import State, Step, Trial, TrialFolder
 from train.sweep.words import key_of, words_for
@@ -103,7 +102,7 @@ def points(sweep: SweepConfig) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def config_hash(configs: Mapping[StageName, RunConfig]) -> str:
     """Hash of every value of the configs but `NOT_HASHED`."""
-    plain = {stage.value: to_plain(config) for stage, config in configs.items()}
+    plain = {stage.value: hashed(config) for stage, config in configs.items()}
     for group, keys in NOT_HASHED.items():
         for values in plain.values():
             if not keys:

@@ -49,6 +49,8 @@ class Runner:
         waiting = [path for path, state in self._states.items() if self._is_due(state)]
         self._states |= dict.fromkeys(waiting, State.pending)
         before = {number: signal.signal(number, self._stop) for number in STOPS}
+        if before[signal.SIGHUP] is signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # under nohup a closed terminal stops nothing
         try:
             while (waiting and not self._signals) or self._processes:
                 if not self._signals:
