@@ -278,7 +278,8 @@ class AnchorFormerProcessor(ProcessorMixin):
                 remedy="leave the argument out; for labels call `encode`, for another template `with_template`",
             )  # fmt: skip
         single = not conversation or isinstance(conversation[0], Mapping)
-        read = [read_messages(messages) for messages in ([conversation] if single else conversation)]
+        conversations: Sequence[Any] = [conversation] if single else conversation
+        read = [read_messages(messages) for messages in conversations]
         if tokenize:
             batch = self([images for _, images in read], conversations=[turns for turns, _ in read])
             return batch if return_dict else batch["input_ids"]
