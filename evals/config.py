@@ -34,13 +34,19 @@ class Precision(str, Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalDataConfig(Schema):
+class RecordsConfig(Schema):
     """Where the records lie."""
 
     root: str
     """Folder that relative paths of the tasks start from."""
     cache_dir: str = ".cache/data"
     """Where Arrow copies of the annotations are kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalDataConfig(RecordsConfig):
+    """Where the records lie, and what is known of their images."""
+
     feature_cache: str | None = None
     """Folder of vision features that are computed once for all runs (`data.features`); null runs the tower live."""
 
@@ -51,7 +57,7 @@ class QuestionsConfig(Schema):
 
     tasks: dict[str, dict[str, Any]]
     """Name -> plug-in of `evals.tasks`."""
-    data: EvalDataConfig
+    data: RecordsConfig
     limit: int | None = None
     """So many questions of each task, spread evenly over it; null takes all."""
 
@@ -83,6 +89,7 @@ class EvalConfig(QuestionsConfig):
 
     model: str
     """Run folder (its `model/` is taken) or model folder."""
+    data: EvalDataConfig
     conditions: tuple[Condition, ...] = (Condition.right,)
     """Every task is run once per condition."""
     batch_size: int = 64
