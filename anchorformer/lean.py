@@ -18,7 +18,7 @@ from anchorformer.kernels.swiglu import swiglu
 
 log = logging.getLogger(__name__)
 
-FAMILIES = ("Llama", "Mistral", "Qwen2")
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 """Families whose modules compute exactly what is put in their place; the names of their classes begin so."""
 
 ROTATION = "apply_rotary_pos_emb"

@@ -23,6 +23,8 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
@@ -41,9 +43,11 @@ FAMILIES: dict[str, Any] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
 }
 LAYERS = 2
 PER_LAYER = 4  # two norms, one feed-forward, one rotation
+HEAD_NORMS = {"qwen3": 2}  # of queries and keys, in every layer
 
 
 def _model(family: str, **changes: Any) -> PreTrainedModel:
@@ -73,7 +77,7 @@ def _run(model: PreTrainedModel, dtype: torch.dtype | None = None) -> tuple[Tens
 def test_fp32_logits_and_every_gradient_equal_the_stock_model(family: str) -> None:
     stock = _model(family)
     lean = copy.deepcopy(stock)
-    assert make_lean(lean) == PER_LAYER * LAYERS + 1
+    assert make_lean(lean) == (PER_LAYER + HEAD_NORMS.get(family, 0)) * LAYERS + 1
     (logits, gradients), (expected, expected_gradients) = _run(lean), _run(stock)
     # Norms and gates are bit-equal forward; the rotation rounds once where the stock one rounds three times.
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)

@@ -35,6 +35,10 @@ def composed(*overrides: str) -> RunConfig:
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(("group", "option"), [(g, o) for g, options in GROUPS.items() for o in options])
 def test_every_yaml_composes_into_a_run(group: str, option: str, stage: str) -> None:
+    if group == "lora" and option != "none" and stage == "align":
+        with pytest.raises(UserError, match="does not train"):
+            composed("stage=align", f"lora={option}")
+        return
     config = composed(f"stage={stage}", *([f"{group}={option}"] if group != "stage" else []))
     assert config.stage.name.value == stage
     # Through the file that ranks read, nothing is lost.
@@ -64,12 +68,12 @@ def check(rows: list[dict[str, str]]) -> None:
         assert config.zero.stage == int(row["zero"].removeprefix("zero"))
 
 
-MANY = ("data", "selector", "connector", "tiling")
+MANY = ("data", "selector", "connector", "tiling", "lora")
 
 
 def test_options_of_any_two_groups_go_together() -> None:
     # Data sets meet the other groups through the stages and experiments that choose them; there are many selectors,
-    # connectors and tilings, and they meet the others below.
+    # connectors and tilings, and they meet the others below; an adapter goes with one stage only.
     few = {group: options for group, options in GROUPS.items() if group not in MANY}
     rows = pairwise(few)
     assert len(rows) < 40, "a cover, not the product"
@@ -78,7 +82,17 @@ def test_options_of_any_two_groups_go_together() -> None:
 
 @pytest.mark.slow
 def test_every_selector_and_connector_goes_with_every_other_option_and_each_other() -> None:
-    check(pairwise({group: options for group, options in GROUPS.items() if group != "data"}))
+    check(pairwise({group: options for group, options in GROUPS.items() if group not in ("data", "lora")}))
+
+
+@pytest.mark.parametrize("group", ["zero", "hardware", "experiment"])
+def test_an_adapter_goes_with_every_option_but_those_that_say_why_not(group: str) -> None:
+    for option in GROUPS[group]:
+        assert composed("stage=finetune", "lora=default", f"{group}={option}").stage.lora is not None
+    with pytest.raises(UserError, match="do not go with ZeRO-3"):
+        composed("stage=finetune", "lora=qlora", "zero=zero3")
+    with pytest.raises(UserError, match="on CUDA only"):
+        composed("stage=finetune", "lora=qlora", "hardware=cpu")
 
 
 def test_every_folder_of_conf_is_a_group_and_every_experiment_part_belongs_to_one() -> None:

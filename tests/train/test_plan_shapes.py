@@ -69,6 +69,7 @@ def test_selectors_need_as_many_blocks_and_give_as_many_anchors_as_counted(name:
     [
         ("llama", {}), ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
         ("mistral", {"num_key_value_heads": 2, "head_dim": 24}), ("qwen2", {"num_key_value_heads": 2}),
+        ("qwen3", {"num_key_value_heads": 2, "head_dim": 24}), ("qwen3", {}),
     ],
 )  # fmt: skip
 def test_language_models_have_as_many_parameters_as_counted(family: str, more: dict[str, Any]) -> None:

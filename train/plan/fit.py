@@ -177,7 +177,7 @@ def memory_at(config: RunConfig, shapes: Shapes, layout: Layout, budget: int) ->
     """With the fullest micro-batch of `budget` positions: every position a target, and as many images as they hold."""
     tiles = budget // shapes.connector.queries * shapes.view
     batch = MicroBatch(positions=budget, supervised=budget, images=tiles)
-    return rank_memory(shapes, config.stage.trains, layout, batch)
+    return rank_memory(shapes, config.stage.whole_parts, layout, batch, config.stage.lora)
 
 
 def most_positions(config: RunConfig) -> int:

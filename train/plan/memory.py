@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, fields
 
-from train.config import Part
+from train.config import LoraConfig, Part
+from train.plan.adapter import NF4, adapter_kept, adapter_values
 from train.plan.connectors import FP32
 from train.plan.shapes import Shapes, TextShape, VisionShape
 
@@ -90,12 +91,25 @@ class Memory:
         return float(sum(getattr(self, field.name) for field in fields(self)))
 
 
-def rank_memory(shapes: Shapes, trains: Collection[Part], layout: Layout, batch: MicroBatch) -> Memory:
-    """The fullest moment of a step of one rank with this micro-batch."""
+def rank_memory(
+    shapes: Shapes, trains: Collection[Part], layout: Layout, batch: MicroBatch, lora: LoraConfig | None = None
+) -> Memory:
+    """The fullest moment of a step of one rank with this micro-batch.
+
+    Args:
+        trains: parts whose own weights are trained.
+        lora: adapter of the language model that is trained as well.
+
+    Raises:
+        UserError: an adapted layer whose shape is not written down here.
+    """
     counts = shapes.parameters
-    total, trained = sum(counts.values()), sum(counts[part] for part in trains)
+    adapter = adapter_values(shapes.text, lora) if lora else 0
+    total, trained = sum(counts.values()) + adapter, sum(counts[part] for part in trains) + adapter
     weights, optimizer, gradients = _state(shapes.text, layout, total, trained)
-    kept, transient = _activations(shapes, trains, layout, batch)
+    if lora and lora.quantize:
+        weights -= (layout.value_bytes - NF4) * shapes.text.layers * shapes.text.matrices
+    kept, transient = _activations(shapes, trains, layout, batch, lora)
     return Memory(
         weights=weights, optimizer=optimizer, gradients=gradients, activations=kept,
         logits=max(transient, _logits(shapes.text, layout, batch)),
@@ -122,11 +136,12 @@ def _state(text: TextShape, layout: Layout, total: int, trained: int) -> tuple[f
 
 
 def _activations(
-    shapes: Shapes, trains: Collection[Part], layout: Layout, batch: MicroBatch
+    shapes: Shapes, trains: Collection[Part], layout: Layout, batch: MicroBatch, lora: LoraConfig | None
 ) -> tuple[float, float]:  # fmt: skip
     """What is kept for backward, and the gradients at work inside one layer of the language model."""
     size, text, vision = layout.value_bytes, shapes.text, shapes.vision
     layer = text_layer(text, size, trained=Part.language_model in trains, lean=layout.lean) * batch.positions
+    layer += adapter_kept(text, lora, size) * batch.positions if lora else 0
     entrance = size * text.width * batch.positions
     # The last norm's input, and the supervised rows that the head reads.
     exit_ = entrance if layout.lean else norm_input(text.width, size) * batch.positions

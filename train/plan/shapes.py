@@ -32,6 +32,13 @@ TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": _LLAMA,
     "mistral": {**_LLAMA, "intermediate_size": 14336, "num_key_value_heads": 8},
     "qwen2": {**_LLAMA, "intermediate_size": 22016, "num_key_value_heads": 32, "vocab_size": 151936},
+    "qwen3": {
+        **_LLAMA,
+        "intermediate_size": 22016,
+        "num_key_value_heads": 32,
+        "vocab_size": 151936,
+        "head_dim": 128,
+    },
 }
 """What transformers takes where a config.json says nothing, per family that the plan knows."""
 
@@ -246,12 +253,13 @@ def _text(config: Mapping[str, Any]) -> TextShape:
     width, inner, layers, heads = (
         get(name) for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     )
-    head_width = config.get("head_dim") or width // heads
+    head_width = get("head_dim") if family == "qwen3" else config.get("head_dim") or width // heads
     query, key = heads * head_width, (get("num_key_value_heads") or heads) * head_width
     matrices = 2 * width * query + 2 * width * key + 3 * width * inner
     biases = query + 2 * key if family == "qwen2" or config.get("attention_bias") else 0
     biases += width if config.get("attention_bias") else 0
     biases += 2 * inner + width if config.get("mlp_bias") else 0
+    biases += 2 * head_width if family == "qwen3" else 0  # norms of queries and keys
     embeddings = get("vocab_size") * width * (1 if config.get("tie_word_embeddings") else 2)
     return TextShape(
         width=width, inner=inner, layers=layers, heads=heads, query=query, key=key, vocabulary=get("vocab_size"),

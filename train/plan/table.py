@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from train.config import Checkpointing, RunConfig, StageName
+from train.plan.adapter import adapter_values
 from train.plan.cards import named_card
 from train.plan.fit import GB, Choice, choose, memory_limit, recommend, remedies
 from train.plan.flops import Work, model_flops, recomputed_flops
@@ -85,8 +86,12 @@ def _title(plan: StagePlan) -> str:
 def _parts(plan: StagePlan) -> list[str]:
     lines = [f"{'part':<16}{'parameters':>16}{'trained':>16}"]
     for part, count in plan.shapes.parameters.items():
-        trained = count if part in plan.config.stage.trains else 0
+        trained = count if part in plan.config.stage.whole_parts else 0
         lines.append(f"{part.value:<16}{count:>16,}{trained:>16,}")
+    lora = plan.config.stage.lora
+    if lora is not None:
+        count = adapter_values(plan.shapes.text, lora)
+        lines.append(f"{'adapter':<16}{count:>16,}{count:>16,}")
     return lines
 
 
@@ -123,7 +128,7 @@ def _course(plan: StagePlan, assumed: Assumptions) -> list[str]:
     supervised = supervised if assumed.supervised is None else assumed.supervised
     work = Work.of_sample(plan.shapes, text=text, supervised=supervised, images=assumed.images, tiles=assumed.tiles)
     tiles = f"{work.images:g} tiles, " if plan.shapes.tiles > 1 else ""
-    per_part = model_flops(plan.shapes, stage.trains, work)
+    per_part = model_flops(plan.shapes, stage.whole_parts, work)  # an adapter's own arithmetic is left out
     useful = sum(per_part.values())
     again = recomputed_flops(plan.shapes, work) if plan.choice.layout.checkpointing else 0.0
     parts = ", ".join(f"{part.value} {flops / TERA:.2f}" for part, flops in per_part.items())
