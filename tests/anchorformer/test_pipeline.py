@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -188,3 +189,17 @@ def test_generation_ends_where_the_template_ends_an_answer(assemble_tiny: Assemb
     assert after.pop("eos_token_id") == [processor.tokenizer.eos_token_id] != before.pop("eos_token_id")
     assert after == before
     check_folder(done)
+
+
+def test_the_examples_of_the_page_run(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "generation.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    Path("model").symlink_to(tiny_folder)
+    for name in ("a.png", "b.png", "c.png"):
+        NOISE.save(name)
+    names: dict[str, Any] = {"image": NOISE, "questions": ["what?", "how many?"]}
+    examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(examples) == 3
+    for example in examples:
+        exec(example, names)
+    assert names["ids"].ndim == 1  # of the last answer about the image that was seen
