@@ -78,6 +78,7 @@ def _check_record(run: Run) -> None:
     position = folder.state / f"step-{run.first:08d}"
     if run.resumed and position.is_dir():
         checkpoint.check_metrics(position, folder)
+        checkpoint.restore_tracker_ids(position, folder)
 
 
 def _check_room(run: Run) -> None:

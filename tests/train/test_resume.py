@@ -138,6 +138,18 @@ def saved(make_run: MakeRun) -> RunFolder:
     return folder
 
 
+def test_a_checkpoint_knows_the_run_s_trackers(make_run: MakeRun) -> None:
+    run = make_run("run", ALIGN, stage__max_steps=2, checkpoint__every=1, resume="auto")
+    run.tracker.mkdir()
+    (run.tracker / "wandb.json").write_text('{"id": "abcd", "shown": 7, "sessions": []}')
+    (run.tracker / "trackio.json").write_text('{"id": "half')  # of no harm
+    run_until(alone(), str(run.path), stop_at=2)
+    assert json.loads((run.state / "step-00000001" / "trainer.json").read_text())["trackers"] == {"wandb": "abcd"}
+    shutil.rmtree(run.tracker)
+    run_until(alone(), str(run.path))
+    assert run.tracker_ids == {"wandb": "abcd"}
+
+
 @pytest.mark.parametrize("fault", ["no COMPLETE", "truncated", "changed byte", "missing file", "other manifest"])
 def test_damaged_checkpoints_are_left_aside(saved: RunFolder, fault: str) -> None:
     newest = saved.state / "step-00000002"

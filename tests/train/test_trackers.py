@@ -194,6 +194,19 @@ def test_a_broken_tracker_does_not_reach_the_run(
     assert [step for step, *_ in shelf.steps][-6:] == [1, 2, 3, 4, 5, 6], "a later sync is complete"
 
 
+def test_a_tracker_that_cannot_be_started_does_not_reach_the_run(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(_: RunFolder) -> Background:
+        raise OSError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(observer, "Background", refused)
+    run = make_run("run", ALIGN, tracker=WANDB)
+    rank.run_rank(run.read_config(), run, alone())
+    assert run.done.exists()
+    assert [message for message in caplog.messages if "cannot be started" in message]
+
+
 def test_a_tracker_that_hangs_ends_soon_after_its_run(make_run: MakeRun, tmp_path: Path) -> None:
     stub = tmp_path / "stub" / "wandb"
     stub.mkdir(parents=True)

@@ -150,6 +150,11 @@ def check_metrics(position: Path, folder: RunFolder) -> None:
         )  # fmt: skip
 
 
+def restore_tracker_ids(position: Path, folder: RunFolder) -> None:
+    """Has trackers whose own notes are gone know the run again, by a checkpoint of this folder."""
+    folder.restore_tracker_ids(state.read(position).get("trackers", {}))
+
+
 def restore(position: Path, engine: Engine, world: World) -> None:
     """Loads a complete checkpoint, converted where the ranks are others, and proves its bits.
 

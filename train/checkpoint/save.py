@@ -115,7 +115,7 @@ def _write(
         if world.is_main:
             (partial / PRINTS).write_text(json.dumps(prints))
             metrics = _describe(folder.metrics)
-            written += [partial / PRINTS, state.write(partial, trainer, engine.config, folder.start, metrics)]
+            written += [partial / PRINTS, state.write(partial, trainer, engine.config, folder, metrics)]
         entries = {path.name: seal.entry(path, world.rank) for path in sorted(written)}
     parts = world.gather(entries)
     with together(world, partial):

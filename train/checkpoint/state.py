@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from train.config import RunConfig
+from train.run.folder import RunFolder
 from train.run.identity import Identity
 
 FILE = "trainer.json"
@@ -42,17 +43,17 @@ def layout(config: RunConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write(folder: Path, state: TrainerState, config: RunConfig, base: Path, metrics: dict[str, Any]) -> Path:
+def write(folder: Path, state: TrainerState, config: RunConfig, run: RunFolder, metrics: dict[str, Any]) -> Path:
     """Writes the state into a checkpoint.
 
     Args:
-        base: the start folder, for a reader; its hash is part of the identity.
+        run: names the start folder, for a reader (its hash is part of the identity), and its trackers.
         metrics: size and hash of metrics.jsonl as it is now.
     """
     facts = {
         "step": state.step, "launch": state.launch, "loader": state.loader,
-        "random": "drawn anew from (seed, step, rank) in every step", "layout": layout(config), "base": str(base),
-        "metrics": metrics, "identity": state.identity.to_dict(),
+        "random": "drawn anew from (seed, step, rank) in every step", "layout": layout(config), "base": str(run.start),
+        "metrics": metrics, "trackers": run.tracker_ids, "identity": state.identity.to_dict(),
     }  # fmt: skip
     (folder / FILE).write_text(json.dumps(facts, indent=2) + "\n")
     return folder / FILE

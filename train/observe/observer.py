@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from train.config import Part
 from train.engine.base import total_norm
@@ -19,6 +19,7 @@ from train.observe.mfu import mfu_of
 from train.observe.pace import Lag
 from train.observe.trackers.base import parse_tracker
 from train.observe.validation import SharedRespondent, Validation, is_sharded, looking
+from train.run.folder import RunFolder
 
 if TYPE_CHECKING:
     from train.trainer import Run
@@ -64,7 +65,7 @@ class Observer:
             )
             take_back_media(folder.media, run.first)
             # Behind the files, which it begins to read.
-            self._tracker = Background(folder) if parse_tracker(config.tracker).is_on else None
+            self._tracker = _background(folder) if parse_tracker(config.tracker).is_on else None
 
     def observe(self, taken: Taken) -> None:
         """Validates and looks where that is due, then records the step; all ranks call it.
@@ -130,7 +131,17 @@ class Observer:
         return self._tracker.trouble() if self._tracker is not None else None
 
 
-def _in_words(record: dict[str, object]) -> str:
+def _background(folder: RunFolder) -> Background | None:
+    try:
+        return Background(folder)
+    except OSError as error:  # no process, no room for its log
+        log.warning("the tracker cannot be started, and the run goes on without it: %s; python -m train sync %s shows "
+                    "it later", error, folder.path)  # fmt: skip
+        return None
+
+
+def _in_words(record: dict[str, Any]) -> str:
     if "loss" in record:
         return f"{record['dataset']}: loss {record['loss']:.4f}"
-    return f"{record['task']}: {record['metric']} {record['score']:.4f}, n={record['n']}"
+    score = "nothing to score" if record["score"] is None else f"{record['score']:.4f}"
+    return f"{record['task']}: {record['metric']} {score}, n={record['n']}"

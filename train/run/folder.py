@@ -76,6 +76,23 @@ class RunFolder:
         return self.path / "tracker"
 
     @property
+    def tracker_ids(self) -> dict[str, str]:
+        """Tracker -> the id under which it knows the run, of those that have shown it."""
+        found = {}
+        for path in sorted(self.tracker.glob("*.json")):
+            try:
+                found[path.stem] = str(json.loads(path.read_bytes())["id"])
+            except (OSError, ValueError, KeyError, TypeError):
+                continue  # a tracker's own files never keep a run from saving
+        return found
+
+    def restore_tracker_ids(self, known: Mapping[str, str]) -> None:
+        """Writes the ids of trackers down whose own notes are gone, so that the run goes on in the same curves."""
+        for name in known.keys() - self.tracker_ids.keys():
+            self.tracker.mkdir(exist_ok=True)
+            write_atomically(self.tracker / f"{name}.json", json.dumps({"id": known[name]}) + "\n")
+
+    @property
     def state(self) -> Path:
         """Checkpoints to resume from."""
         return self.path / "state"
