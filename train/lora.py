@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def check_adapter(config: RunConfig, start: Path) -> None:
             "4-bit weights are computed with on CUDA only", found="stage.lora.quantize=true, no CUDA device visible",
             expected="a CUDA device for every rank", remedy="set lora=default on CPU",
         )  # fmt: skip
-    if importlib.util.find_spec("bitsandbytes") is None:
+    if find_spec("bitsandbytes") is None:
         raise UserError(
             "4-bit weights need bitsandbytes", found="no such package", expected="the extra of that name",
             remedy="pip install -e '.[train,qlora]' -c constraints.txt",

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -235,3 +238,57 @@ def test_a_target_that_is_no_layer_is_named_before_ranks_start(tiny_folder: Path
         lora.check_adapter(config, tiny_folder)
     assert caught.value.found == target
     assert "gate_proj" in caught.value.expected
+
+
+class Linear4bit(torch.nn.Linear):
+    """As bitsandbytes' own is made, without packing anything."""
+
+    def __init__(self, width: int, out: int, bias: bool, compute_dtype: torch.dtype, **kinds: Any) -> None:
+        super().__init__(width, out, bias=bias, device=kinds.pop("device"))
+        assert kinds == {"compress_statistics": True, "quant_type": "nf4"}
+        assert compute_dtype is torch.bfloat16
+
+
+def packed(weight: torch.Tensor, *, requires_grad: bool, module: torch.nn.Module, **kinds: Any) -> torch.nn.Parameter:
+    """Where bitsandbytes packs pairs of values, this rounds them, so that something is lost as well."""
+    assert isinstance(module, Linear4bit)
+    assert kinds == {"compress_statistics": True, "quant_type": "nf4"}
+    return torch.nn.Parameter((weight * 64).round() / 64, requires_grad=requires_grad)
+
+
+def test_layers_in_4_bits_lie_beneath_the_adapter(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for bitsandbytes, which computes on CUDA only: what is put where, and what is trained."""
+    stand_in = SimpleNamespace(nn=SimpleNamespace(Linear4bit=Linear4bit, Params4bit=packed))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", stand_in)
+    config = run_config(RATES, stage__lora=LORA)
+    model = load_model(tiny_folder, torch.float32)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert config.stage.lora is not None
+    settings = replace(config.stage.lora, quantize=True)
+    lora.add_adapter(model, settings, seed=0, device=torch.device("cpu"))
+    freeze(model, config.stage)
+    layers = [name for name, module in model.named_modules() if isinstance(module, Linear4bit)]
+    assert len(layers) == 2 * len(TARGETS)
+    assert all(name.startswith("language_model.model.layers.") for name in layers)
+    for name, value in model.state_dict().items():
+        plain = name.replace(".base_layer.", ".")
+        if plain in before:
+            is_layer = name.removesuffix(".weight") in layers
+            assert torch.equal(value, before[plain]) != is_layer, name
+    ids = torch.tensor([[1, 5, 6, 7]])
+    model(ids, attention_mask=torch.ones_like(ids)).logits.sum().backward()
+    trained = {name for name, value in model.named_parameters() if value.grad is not None and "language" in name}
+    assert trained
+    assert all(lora.is_adapter(name) for name in trained)
+
+
+@pytest.mark.parametrize(("cuda", "found"), [(False, "no CUDA device"), (True, "no such package")])
+def test_what_4_bits_need_is_looked_for_before_ranks_start(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, cuda: bool, found: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(lora, "find_spec", lambda _: None)
+    config = run_config(RATES, stage__lora=LORA | {"quantize": True}, hardware__device="auto")
+    with pytest.raises(UserError) as caught:
+        lora.check_adapter(config, tiny_folder)
+    assert found in caught.value.found
