@@ -35,10 +35,10 @@ def together(world: World, path: Path) -> Iterator[None]:
     world.settle(problem)
 
 
-def cannot_write(path: Path, error: Exception) -> UserError:
-    """What a full or read-only disk has answered."""
+def cannot_write(path: Path, error: Exception, then: str = "resume=auto") -> UserError:
+    """What a full or read-only disk has answered, and what to do `then`."""
     place = next(folder for folder in (path, *path.parents) if folder.is_dir())
     return UserError(
         f"{path} cannot be written", found=f"{str(error).splitlines()[0]}; {shutil.disk_usage(place).free} bytes free",
-        expected="room, and permission to write", remedy=f"free disk space or mend {place}, then resume=auto",
+        expected="room, and permission to write", remedy=f"free disk space or mend {place}, then {then}",
     )  # fmt: skip

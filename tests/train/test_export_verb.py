@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from anchorformer.connector_folder import attach, read_description
@@ -194,3 +195,18 @@ def test_a_run_that_is_not_done_is_not_exported(finished: Callable[[str], RunFol
     run.done.unlink()
     with pytest.raises(UserError, match="is not done"):
         main([str(run.path), str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("what", ["model", "connector"])
+def test_a_full_disk_is_told_and_nothing_is_left(
+    finished: Callable[[str], RunFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    def full(_: object, path: Path, **__: object) -> None:
+        path.write_bytes(b"half")
+        raise SafetensorError("No space left on device (os error 28)")
+
+    for module in ("export", "connector_folder"):
+        monkeypatch.setattr(f"anchorformer.{module}.save_file", full)
+    with pytest.raises(UserError, match="No space left"):
+        main([str(finished("align").path), str(tmp_path / "out"), f"what={what}"])
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name]

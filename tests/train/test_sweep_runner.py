@@ -169,3 +169,14 @@ def test_a_record_that_is_damaged_is_named(tmp_path: Path) -> None:
     (path / "trial.json").write_text((path / "trial.json").read_text()[:100])
     with pytest.raises(UserError, match=r"damaged/trial\.json cannot be read"):
         run(tmp_path)
+
+
+def test_a_trial_that_is_waited_for_is_named_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A holder on another machine may be gone for good, and only its user can tell."""
+    path = add(tmp_path, "held", say(tmp_path / "ran", "it"))
+    answers = iter((True, True))
+    monkeypatch.setattr(TrialFolder, "is_held", lambda _: next(answers, False))
+    assert run(tmp_path) == {"held": State.done}
+    assert [message for message in caplog.messages if str(path / lock.FILE) in message] == caplog.messages[:1]

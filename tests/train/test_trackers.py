@@ -34,7 +34,7 @@ from train.observe.journal import Journal, Tail
 from train.observe.trackers.base import Picture, Subject, TrackerConfig
 from train.observe.trackers.trackio import LOOPBACK
 from train.run.folder import RunFolder
-from train.verbs import sync
+from train.verbs import dashboard, sync
 
 MakeRun = Callable[..., RunFolder]
 WANDB = {"_target_": "train.observe.trackers.wandb.WandbConfig"}
@@ -420,3 +420,23 @@ def test_what_is_not_installed_is_said_before_the_start(monkeypatch: pytest.Monk
     monkeypatch.setattr(TrackioConfig, "package", "trackio_that_is_not_there")
     with pytest.raises(UserError, match=r"\.\[dashboard\]"):
         TrackioConfig().check()
+
+
+def test_a_run_that_cannot_be_read_keeps_no_other_from_the_dashboard(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: float) -> None:
+        raise KeyboardInterrupt
+
+    good, old = make_run("good", ALIGN), make_run("old", ALIGN)
+    for run in (good, old):
+        write(run, 1, 2)
+    old.config.write_text(old.config.read_text() + "no_longer_there: 1\n")
+    monkeypatch.setattr(dashboard, "show", lambda run, _: len(run.metrics.read_text().splitlines()))
+    monkeypatch.setattr(dashboard.TrackioConfig, "serve", lambda _: "http://127.0.0.1:1")
+    monkeypatch.setattr(dashboard.time, "sleep", interrupted)
+    assert dashboard.main([str(good.path), str(old.path)]) == 0
+    out, err = capsys.readouterr()
+    assert "2 step(s) shown" in out
+    assert "dashboard: http" in out
+    assert "no_longer_there" in err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -14,8 +15,11 @@ from types import FrameType
 
 from train.compose import ROOT
 from train.faults.interrupt import EXIT_CODE as INTERRUPTED
+from train.run import lock
 from train.sweep.slots import Slot
 from train.sweep.trial import State, Trial, TrialFolder
+
+log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -41,6 +45,7 @@ class Runner:
     on_change: Callable[[Path, State], None]
     _processes: dict[Path, tuple[Slot, subprocess.Popen[bytes]]] = field(default_factory=dict)
     _states: dict[Path, State] = field(default_factory=dict)
+    _told: set[Path] = field(default_factory=set)
     _signals: int = 0
 
     def run(self) -> dict[Path, State]:
@@ -78,11 +83,22 @@ class Runner:
                 self._set(path, State.failed)
             elif needed_state is State.interrupted:
                 continue  # by somebody else; it stays for the next time
-            elif needed_state is State.done and self._free() and not TrialFolder(path).is_held():
+            elif needed_state is State.done and self._free() and not self._is_held(path):
                 self._start(path, self._free()[0])
             else:
                 left.append(path)
         return left
+
+    def _is_held(self, path: Path) -> bool:
+        """Whether another process executes a trial; said once, since one of another machine may be gone for good."""
+        if not TrialFolder(path).is_held():
+            return False
+        if path not in self._told:
+            self._told.add(path)
+            log.warning(
+                "waiting for the process that holds %s; if it is certainly gone, delete that file", path / lock.FILE
+            )
+        return True
 
     def _free(self) -> list[Slot]:
         taken = [slot for slot, _ in self._processes.values()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -38,7 +39,12 @@ def main(arguments: list[str]) -> int:
                 size = run.metrics.stat().st_size
                 if sizes.get(run) == size:
                     continue
-                count = show(run, tracker_of(run, {"tracker": "trackio"}))
+                try:
+                    count = show(run, tracker_of(run, {"tracker": "trackio"}))
+                except UserError as error:  # an old or damaged run keeps no other from being shown
+                    sizes[run] = size
+                    print(f"{os.path.relpath(run.path)} is left out: {error}", file=sys.stderr, flush=True)
+                    continue
                 if count is not None:
                     sizes[run] = size
                     print(f"{os.path.relpath(run.path)}: {count} step(s) shown", flush=True)

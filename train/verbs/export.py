@@ -7,10 +7,15 @@ has a model card written from the run.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from anchorformer.errors import UserError
 from train.run.folder import RunFolder
+
+if TYPE_CHECKING:
+    import torch
 
 CHOICES = {"what": ("model", "connector"), "dtype": ("bf16", "fp16", "fp32")}
 USAGE = "python -m train export RUN OUT [what=model|connector] [dtype=bf16|fp16|fp32]"
@@ -19,7 +24,8 @@ USAGE = "python -m train export RUN OUT [what=model|connector] [dtype=bf16|fp16|
 def main(arguments: list[str]) -> int:
     """
     Raises:
-        UserError: a run that is not done, a connector whose bases have been trained too, something at OUT.
+        UserError: a run that is not done, a connector whose bases have been trained too, something at OUT, or a disk
+            that does not take it, of which nothing is left.
     """
     words = [word for word in arguments if "=" not in word]
     values = {"what": "model", "dtype": "bf16"} | dict(word.split("=", 1) for word in arguments if "=" in word)
@@ -37,13 +43,28 @@ def main(arguments: list[str]) -> int:
             remedy="finish it with resume=auto, then export",
         )  # fmt: skip
     import torch
+    from safetensors import SafetensorError
 
+    from anchorformer.weights import partial_of
+    from train.writing import cannot_write
+
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[values["dtype"]]
+    is_connector = values["what"] == "connector"
+    try:
+        _write(run, out, dtype, is_connector=is_connector)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial_of(out), ignore_errors=True)  # a full disk is not made fuller
+        raise cannot_write(out, error, "the same command again") from None
+    size = sum(path.stat().st_size for path in out.iterdir())
+    print(f"exported {values['what']} in {values['dtype']}: {out} ({size / 1e6:.1f} MB)")
+    return 0
+
+
+def _write(run: RunFolder, out: Path, dtype: torch.dtype, *, is_connector: bool) -> None:
     from anchorformer.connector_folder import export_connector
     from anchorformer.export import export_model
     from train.card import base_names, card, trained_bases
 
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[values["dtype"]]
-    is_connector = values["what"] == "connector"
     if is_connector:
         trained = trained_bases(run)
         if trained:
@@ -55,6 +76,3 @@ def main(arguments: list[str]) -> int:
         export_connector(run.model, out, dtype, base_names(run), card(run, is_connector=True))
     else:
         export_model(run.model, out, dtype, card(run, is_connector=False))
-    size = sum(path.stat().st_size for path in out.iterdir())
-    print(f"exported {values['what']} in {values['dtype']}: {out} ({size / 1e6:.1f} MB)")
-    return 0
