@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from functools import reduce
+from html import escape
 from math import gcd
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ TITLE = "AnchorFormer"
 MAX_UPLOAD = "20mb"
 LINES = 12
 """Earlier questions that the table keeps."""
+Sent = dict[str, Any] | None
+"""An image as the browser names it: `path`, of a file in the demo's own folder of uploads."""
+WIDTHS = ["17%", "8%", "13%", "13%", "13%", "12%", "12%", "12%"]
 FONTS = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
 """Those of the machine: no page of this demo asks another host for anything."""
 
@@ -33,9 +37,9 @@ def build(session: Session, images: Sequence[Path], subject: str) -> gr.Blocks:
     """
     name, count = session.trained_with
 
-    def ask(path: str | None, question: str, selector: str, wanted: float, lines: list[Row]) -> Iterator[Any]:
+    def ask(sent: Sent, question: str, selector: str, wanted: float, lines: list[Row]) -> Iterator[Any]:
         try:
-            for shown in session.ask(path, question, selector, round(wanted)):
+            for shown in session.ask(sent and sent["path"], question, selector, round(wanted)):
                 if shown.row is None:
                     yield {answer: shown.text}
                 else:
@@ -45,43 +49,49 @@ def build(session: Session, images: Sequence[Path], subject: str) -> gr.Blocks:
                         kept: lines, note: shown.note, budget: shown.row[1],
                     }  # fmt: skip
         except UserError as error:
-            raise gr.Error(
-                f"{error.found}. Expected: {error.expected}. {error.remedy}.", title=error.what, print_exception=False
-            ) from None
+            told = f"{error.what}. Found: {error.found}. Expected: {error.expected}. {error.remedy}."
+            gr.Warning(escape(told), duration=None)
+            yield {kept: lines}  # what is not named stays; without any, all would be cleared
 
-    def ask_again(path: str | None, question: str, selector: str, wanted: float, lines: list[Row]) -> Iterator[Any]:
+    def ask_again(sent: Sent, question: str, selector: str, wanted: float, lines: list[Row]) -> Iterator[Any]:
         """Where there is something to ask: moving T before the first question is no mistake."""
-        if path and question.strip():
-            yield from ask(path, question, selector, wanted, lines)
+        if sent and question.strip():
+            yield from ask(sent, question, selector, wanted, lines)
+        else:
+            yield {kept: lines}
 
     with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
         gr.Markdown(f"## {TITLE}\n{subject}")
         kept = gr.State([])
         with gr.Row():
             with gr.Column(scale=2):
-                # The file as it is: it is decoded within the limits of all other images.
                 image = gr.Image(
-                    label="Image", type="filepath", image_mode=None, sources=["upload", "clipboard"], height=300,
-                    buttons=[], elem_id="image",
+                    label="Image", type="filepath", sources=["upload", "clipboard"], height=220, buttons=[],
+                    elem_id="image",
                 )  # fmt: skip
                 if images:
                     gr.Examples([[str(path)] for path in images], [image], label="Images", elem_id="examples")
                 question = gr.Textbox(label="Question", elem_id="question", max_lines=4)
                 selector = gr.Dropdown(list(session.choices), value=name, label="Selector", elem_id="selector")
-                budget = gr.Slider(**_range(session, name, count), label="T, anchors of a view", elem_id="budget")
+                budget = gr.Slider(**_range(session, name, count), label="T", buttons=[], elem_id="budget")
                 go = gr.Button("Ask", variant="primary", elem_id="ask")
             with gr.Column(scale=3):
                 answer = gr.Textbox(label="Answer", elem_id="answer", interactive=False)
                 with gr.Row():
                     anchors = _picture("Anchors, in the colours of their heads", "anchors")
-                    attention = _picture("Where the answer looked", "attention")
+                    attention = _picture("Where the answer looked: the brighter, the more", "attention")
                 note = gr.Markdown(elem_id="note")
-        table = gr.Dataframe(headers=HEADERS, label="Questions so far", interactive=False, wrap=True, elem_id="table")
+                table = gr.Dataframe(
+                    headers=HEADERS, label="Questions so far", interactive=False, wrap=True, buttons=[],
+                    column_widths=WIDTHS, elem_id="table",
+                )  # fmt: skip
 
         inputs: list[Any] = [image, question, selector, budget, kept]
         outputs: list[Any] = [answer, anchors, attention, table, kept, note, budget]
+        # Without gradio's preprocessing, which would open the image before our limits are asked.
         one_at_a_time: dict[str, Any] = {
             "concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private", "show_progress": "minimal",
+            "preprocess": False,
         }  # fmt: skip
         gr.on([go.click, question.submit], ask, inputs, outputs, **one_at_a_time)
         budget.release(ask_again, inputs, outputs, trigger_mode="always_last", **one_at_a_time)
@@ -106,8 +116,13 @@ def launch(page: gr.Blocks, port: int | None) -> str:
     return address
 
 
-def _picture(label: str, name: str) -> gr.Image:
-    return gr.Image(label=label, elem_id=name, type="pil", format="png", interactive=False, buttons=["fullscreen"])
+def _picture(title: str, name: str) -> gr.Image:
+    with gr.Column():
+        gr.Markdown(title)  # a label would lie on the picture
+        return gr.Image(
+            label=title, show_label=False, elem_id=name, type="pil", format="png", interactive=False,
+            buttons=["fullscreen"],
+        )  # fmt: skip
 
 
 def _range(session: Session, selector: str, count: int) -> dict[str, Any]:

@@ -26,8 +26,9 @@ MAX_PIXELS = 2**24
 KEPT = 4
 """Selectors that stay built; each holds buffers only, the weights are shared."""
 
-HEADERS = ["selector", "T", "image tokens", "first token, ms", "answer, ms", "tokens", "at the image, %", "answer"]
-"""Of the figures, one line per question."""
+HEADERS = ["selector", "T", "image tokens", "first, ms", "all, ms", "tokens", "image, %", "answer"]
+"""Of the figures, one line per question: milliseconds to the first token and to the last; tokens of the answer; share
+of its attention that went to the image."""
 Row = list[str | int | float]
 
 
@@ -100,7 +101,9 @@ class Session:
             told.append("This connector has queries of its own: its embeddings stand for no anchors, so the answer's "
                         "attention to them has no place in the image, and T and selector change nothing.")  # fmt: skip
         if sight.cls_share is not None:
-            told.append(f"Of the answer's attention {sight.cls_share:.1%} went to [CLS], which has no place either.")
+            told.append(
+                f"Of the answer's attention {sight.cls_share:.1%} went to [CLS], which has no place in the image."
+            )
         return " ".join(told)
 
     def _build(self, selector: str, count: int) -> tuple[AnchorFormerForConditionalGeneration, AnchorFormerProcessor]:
