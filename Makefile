@@ -40,7 +40,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	  echo "no CPU build of torch in reach: taking the standard one (several GB; set TORCH_INDEX to choose an index)"; \
 	  $(PY) -m pip install -qq "torch==$(TORCH)"; \
 	fi; \
-	$(PY) -m pip install -qq -c constraints.txt -e '.[train,dashboard,report,slurm,dev]'; \
+	$(PY) -m pip install -qq -c constraints.txt -e '.[train,dashboard,report,slurm,demo,dev]'; \
 	echo "{\"seconds\": $$((SECONDS - start))}" > $(STAMP)
 
 train: install ## mini world, backbones, align, finetune, evaluation, report (at most 15 minutes on 2 cores)

@@ -39,7 +39,7 @@ def build(session: Session, images: Sequence[Path], subject: str) -> gr.Blocks:
 
     def ask(sent: Sent, question: str, selector: str, wanted: float, lines: list[Row]) -> Iterator[Any]:
         try:
-            for shown in session.ask(sent and sent["path"], question, selector, round(wanted)):
+            for shown in session.ask(sent["path"] if sent else None, question, selector, round(wanted)):
                 if shown.row is None:
                     yield {answer: shown.text}
                 else:
