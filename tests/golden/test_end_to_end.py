@@ -16,6 +16,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 from anchorformer.configuration import AnchorFormerConfig
 from anchorformer.contracts import IGNORE_INDEX
 from anchorformer.convert import to_published
+from anchorformer.fusion import fuse
 from anchorformer.modeling import AnchorFormerForConditionalGeneration
 
 # The tolerances that come with the vectors, relative to the largest absolute value of the reference tensor.
@@ -160,7 +161,8 @@ def test_embeddings_labels_logits(model: AnchorFormerForConditionalGeneration, c
         for row, logits in zip(rows, packed, strict=True):
             length = len(row.embeds)  # over-length rows were cut there; a causal model agrees up to the cut
             text = model.get_input_embeddings()(row.ids[None])
-            embeds = model._see(text, row.ids[None], row.pixels, None, None)[0]
+            seen = text.new_zeros(0, 1, text.shape[-1]) if row.pixels is None else model.encode_images(row.pixels)
+            embeds = fuse(text, row.ids[None], seen, model.image_token_id)[0]
             assert_close(embeds[:length], row.embeds, FORWARD, f"{name}: embeddings")
             assert_close(logits[:length], row.logits, FORWARD, f"{name}: logits")
 
