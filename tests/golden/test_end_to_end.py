@@ -161,7 +161,7 @@ def test_embeddings_labels_logits(model: AnchorFormerForConditionalGeneration, c
         for row, logits in zip(rows, packed, strict=True):
             length = len(row.embeds)  # over-length rows were cut there; a causal model agrees up to the cut
             text = model.get_input_embeddings()(row.ids[None])
-            seen = text.new_zeros(0, 1, text.shape[-1]) if row.pixels is None else model.encode_images(row.pixels)
+            seen = text.new_zeros(0, 1, text.shape[-1]) if not len(row.pixels) else model.encode_images(row.pixels)
             embeds = fuse(text, row.ids[None], seen, model.image_token_id)[0]
             assert_close(embeds[:length], row.embeds, FORWARD, f"{name}: embeddings")
             assert_close(logits[:length], row.logits, FORWARD, f"{name}: logits")
