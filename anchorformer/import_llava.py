@@ -27,7 +27,8 @@ from anchorformer.images import ImageTransform
 from anchorformer.modeling import AnchorFormerForConditionalGeneration, parse_parts
 from anchorformer.processing import AnchorFormerProcessor
 from anchorformer.schema import TARGET, plugin_to_plain
-from anchorformer.selectors.base import SelectorConfig
+from anchorformer.selectors.anchor import AnchorSelectorConfig
+from anchorformer.selectors.base import ClsAndPatchesConfig, SelectorConfig
 from anchorformer.weights import PARTS, compare_shapes, read_header
 
 log = logging.getLogger(__name__)
@@ -104,6 +105,9 @@ def import_llava(folder: Path, selector: Mapping[str, Any], out: Path, *, templa
     compare_shapes(f"LLaVA folder {folder}", {ours: shape for ours, (_, _, shape) in kept.items()}, expected)
     log.info("%s: images are padded to squares of %d pixels, as LLaVA-1.5 was trained, whatever the folder's own "
              "image processor would do; template %s", folder, image_size, template)  # fmt: skip
+    if model.vision_tower.has_cls and isinstance(selector_config, AnchorSelectorConfig | ClsAndPatchesConfig):
+        log.warning("selector %s keeps [CLS], which LLaVA's projector has never been given in training; fastervlm, "
+                    "vtc_cls and received keep patches only", type(selector_config).__name__)  # fmt: skip
     parts = {part: _Streamed({k: v for k, v in kept.items() if k.startswith(f"{part}.")}) for part in PARTS}
     return write_folder(out, config, processor, parts)
 
@@ -203,19 +207,16 @@ def read_selector(overrides: Sequence[str]) -> dict[str, Any]:
         if key == "selector" and value:
             name = value
         elif key.startswith("selector.") and value:
-            values[key.removeprefix("selector.")] = yaml.safe_load(value)
+            values[key.removeprefix("selector.")] = _value(text, value)
         else:
-            raise UserError(
-                "an argument cannot be read", found=text, expected="selector=NAME or selector.KEY=VALUE",
-                remedy="e.g. selector=anchor selector.num_anchors=145",
-            )  # fmt: skip
-    known = {info.name: f"{selectors.__name__}.{info.name}" for info in pkgutil.iter_modules(selectors.__path__)}
+            raise _unreadable(text)
+    names = {info.name for info in pkgutil.iter_modules(selectors.__path__)} - {"base"}
+    known = {name: f"{selectors.__name__}.{name}" for name in names}
     targets = {
         kind: f"{cls.__module__}.{cls.__qualname__}"
         for kind, path in known.items()
         for cls in vars(importlib.import_module(path)).values()
         if isinstance(cls, type) and issubclass(cls, SelectorConfig) and cls.__module__ == path
-        and cls is not SelectorConfig
     }  # fmt: skip
     if name not in targets:
         raise UserError(
@@ -223,6 +224,20 @@ def read_selector(overrides: Sequence[str]) -> dict[str, Any]:
             expected=f"one of {', '.join(sorted(targets))}", remedy="e.g. selector=anchor selector.num_anchors=145",
         )  # fmt: skip
     return {TARGET: targets[name], **values}
+
+
+def _value(text: str, value: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise _unreadable(text) from None
+
+
+def _unreadable(text: str) -> UserError:
+    return UserError(
+        "an argument cannot be read", found=text, expected="selector=NAME or selector.KEY=VALUE",
+        remedy="e.g. selector=fastervlm selector.num_anchors=64",
+    )  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -73,14 +73,19 @@ def keeps_cls(config: SelectorConfig, has_cls: bool) -> bool:
 def between_selectors(
     eye: Eye, selectors: Mapping[str, Choosing], images: Sequence[ImageRef], batch_size: int
 ) -> Overlap:
-    """The selectors, all read from one forward per image; they must choose the same number of patches."""
-    needs = _union([config.needs for config in selectors.values()])
-    built = [eye.build(config) for config in selectors.values()]
-    batches = [
-        torch.stack([_chosen(selector, features) for selector in built])
-        for features in eye.features(needs, images, batch_size)
-    ]
-    return _overlap(tuple(selectors), torch.cat(batches, dim=1))
+    """The selectors, read from as few forwards per image as go; they must choose the same number of patches."""
+    found: dict[str, Tensor] = {}
+    # A rule that adds up layers adds up whatever was tapped: rules that begin at other layers get a forward of theirs.
+    for first in {config.needs.cls_attention_from for config in selectors.values()}:
+        together = {name: one for name, one in selectors.items() if one.needs.cls_attention_from == first}
+        built = [eye.build(config) for config in together.values()]
+        needs = _union([config.needs for config in together.values()])
+        batches = [
+            torch.stack([_chosen(selector, features) for selector in built])
+            for features in eye.features(needs, images, batch_size)
+        ]
+        found |= dict(zip(together, torch.cat(batches, dim=1), strict=True))
+    return _overlap(tuple(selectors), torch.stack([found[name] for name in selectors]))
 
 
 def between_layers(
@@ -138,12 +143,11 @@ def _overlap(names: tuple[str, ...], chosen_RBP: Tensor) -> Overlap:
 
 
 def _union(all_needs: Sequence[VisionNeeds]) -> VisionNeeds:
-    """One forward for all of them; they read the same layer."""
-    rows = [needs.cls_attention_from for needs in all_needs if needs.cls_attention_from is not None]
+    """One forward for all of them; they read the same layer, and rows of [CLS] from the same one on."""
     return VisionNeeds(
         layer=all_needs[0].layer,
         cls_scores=any(needs.cls_scores for needs in all_needs),
-        cls_attention_from=min(rows) if rows else None,
+        cls_attention_from=all_needs[0].cls_attention_from,
         received=any(needs.received for needs in all_needs),
         final=any(needs.final for needs in all_needs),
         image_key=any(needs.image_key for needs in all_needs),

@@ -220,6 +220,8 @@ def test_arguments_are_read_or_refused(llava: Path, tmp_path: Path) -> None:
     assert read_selector(["selector=anchor", "selector.num_anchors=9"])["num_anchors"] == 9
     for wrong, fragment in (
         ([], "no selector=NAME"), (["selector=anchors"], "anchor"), (["num_anchors=9"], "num_anchors=9"),
+        (["selector=base"], "one of all, anchor, average, cls_similarity"),
+        (["selector.num_anchors=["], "cannot be read"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=fragment):
             read_selector(wrong)

@@ -14,9 +14,13 @@ import torch
 from PIL import Image
 
 from anchorformer.errors import UserError
+from anchorformer.selectors.pca import PcaSelectorConfig
+from anchorformer.selectors.vtc_cls import VtcClsSelectorConfig
+from data.record import ImageRef
 from evals.agreement.__main__ import compose_config, main
 from evals.agreement.config import choosing
-from evals.agreement.overlaps import _overlap
+from evals.agreement.overlaps import _chosen, _overlap, between_selectors
+from evals.agreement.rules import open_eye
 
 SIMILARITY = {"_target_": "anchorformer.selectors.cls_similarity.ClsSimilaritySelectorConfig", "num_anchors": 9}
 IMAGES, RECORDS = 5, 9
@@ -86,6 +90,22 @@ def test_a_tower_that_was_cut_says_who_cannot_look_through_it(
     assert list(found["left_out"]) == ["cls_similarity"]
     assert "selector=cls_similarity" in found["text"]
     assert found["layers"]["names"] == ["1", "2"]
+
+
+def test_rules_that_add_up_other_layers_do_not_share_a_forward(
+    photographs: Path, assemble_tiny: Callable[..., Path]
+) -> None:
+    eye, _ = open_eye(assemble_tiny(SIMILARITY))
+    images = [ImageRef(path=photographs / f"{number}.png") for number in range(IMAGES)]
+    rules: dict[str, Any] = {
+        str(start): VtcClsSelectorConfig(layer=3, start_layer=start, num_anchors=6) for start in range(1, 4)
+    } | {"pca": PcaSelectorConfig(layer=3, num_anchors=7)}
+    alone = [
+        torch.cat([_chosen(eye.build(rule), each) for each in eye.features(rule.needs, images, 2)])
+        for rule in rules.values()
+    ]
+    assert not torch.equal(alone[0], alone[2]), "the layers choose alike here, so nothing is shown"
+    assert between_selectors(eye, rules, images, 2) == _overlap(tuple(rules), torch.stack(alone))
 
 
 def test_the_overlap_of_known_sets() -> None:
