@@ -63,5 +63,6 @@ def environment(variables: Mapping[str, str], share: int, ranks: int, num_cards:
         visible = variables.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(num_cards)))
         own = {"CUDA_VISIBLE_DEVICES": visible.split(",")[share]}
     else:
-        own = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        own = {"OMP_NUM_THREADS": str(max(1, cores // ranks))}
     return {**variables, **own, **({} if share == 0 else {"TQDM_DISABLE": "1"})}

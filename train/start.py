@@ -13,7 +13,7 @@ from typing import NoReturn
 from anchorformer.errors import UserError
 from train.compose import ROOT
 from train.config import Device, RunConfig
-from train.faults.interrupt import SIGNALS
+from train.faults.interrupt import heeded
 from train.run.process import AGENT
 
 HEAD_PORT = 29400
@@ -22,8 +22,6 @@ NOT_INHERITED = (
     "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", AGENT,
 )  # fmt: skip
 """What an outer torchrun or Slurm step may have left: ranks started here must not take it for their own."""
-FORWARDED = (*SIGNALS, signal.SIGQUIT)
-"""What the agent hands on to its ranks; a signal that it did not handle would leave them behind as orphans."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,10 +121,12 @@ def command(folder: Path, config: RunConfig, topology: Topology) -> list[str]:
             f"--rdzv-endpoint={topology.head}:{topology.port}", f"--rdzv-conf=is_host={int(topology.node == 0)}",
             *([f"--local-addr={topology.address}"] if topology.address else []),
         ]  # fmt: skip
+    # A signal that the agent did not handle would leave its ranks behind as orphans.
+    handed_on = (*heeded(), signal.SIGQUIT)
     return [
         sys.executable, "-m", "train.faults.agent", *where, f"--nproc-per-node={hardware.ranks}",
         f"--max-restarts={hardware.max_restarts}",
-        f"--signals-to-handle={','.join(number.name for number in FORWARDED)}", "-m", "train.rank", str(folder),
+        f"--signals-to-handle={','.join(number.name for number in handed_on)}", "-m", "train.rank", str(folder),
     ]  # fmt: skip
 
 

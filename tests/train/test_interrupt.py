@@ -24,7 +24,7 @@ from train import distributed, rank, trainer
 from train.checkpoint import damage
 from train.compose import ROOT
 from train.distributed import World, alone
-from train.faults.interrupt import SIGNALS, Interrupted, StopRequest
+from train.faults.interrupt import SIGNALS, Interrupted, StopRequest, heeded
 from train.faults.progress import Phase, Progress
 from train.run.folder import RunFolder
 
@@ -112,6 +112,20 @@ def test_signals_are_noted_inside_the_block_only() -> None:
             os.kill(os.getpid(), number)
         assert stop.signal == SIGNALS[0].name, "the first one counts"
     assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.signal == ""
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.signal == "SIGTERM"
+        assert signal.SIGHUP not in heeded()
+        assert {signal.SIGTERM, signal.SIGINT} < set(heeded())
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def timeouts(world: World, folder: str) -> list[list[float]]:

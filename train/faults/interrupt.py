@@ -13,6 +13,12 @@ EXIT_CODE = os.EX_TEMPFAIL
 """75, never 0: an agent whose ranks left with 0 would wait for those of the other nodes."""
 
 
+def heeded() -> tuple[signal.Signals, ...]:
+    """Those of `SIGNALS` that mean it: under nohup, which has SIGHUP ignored, a closed terminal stops nothing."""
+    is_deaf = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return tuple(number for number in SIGNALS if not (is_deaf and number is signal.SIGHUP))
+
+
 class Interrupted(Exception):
     """The run has left a step's border because a signal asked for it; what can be saved is saved.
 
@@ -40,7 +46,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         """Inside the block the signals are noted instead of ending this process; in its main thread only."""
-        self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._handlers = {number: signal.signal(number, self._note) for number in heeded()}
         return self
 
     def __exit__(self, *_: object) -> None:
