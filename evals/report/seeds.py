@@ -79,7 +79,7 @@ def essential(values: Mapping[str, Any]) -> dict[str, Any]:
     """A config, or a point, without names, places and seeds."""
     return {
         key: value for key, value in values.items()
-        if key not in NAMES and key.split(".")[0] not in SHOWN and key.split(".")[-1] != "seed"
+        if key not in NAMES and key.split(".")[0] not in SHOWN and key.rpartition(":")[2] != "seed"
     }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from evals.report import __main__ as command
 from evals.report import figures, tables
 from evals.report.gathering import gather
 from evals.report.overlays import answers
-from evals.report.seeds import group
+from evals.report.seeds import essential, group
 from tests.evals.runs_on_disk import config, write_result, write_stage, write_sweep
 
 
@@ -283,3 +283,8 @@ def test_time_is_of_the_questions_that_it_was_spent_on(tmp_path: Path) -> None:
         [entry] = gather([tmp_path / "a"])
         assert figures.costs(entry)["ms/question"] == expected
         assert figures.ms_per_question(entry.stages[0].results["scene"][Condition.right]) == expected
+
+
+def test_the_seed_of_a_selector_is_no_repetition() -> None:
+    values = {"seed": 1, "finetune:seed": 2, "model.selector.seed": 3, "run": "x"}
+    assert essential(values) == {"model.selector.seed": 3}
