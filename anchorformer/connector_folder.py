@@ -21,7 +21,7 @@ from anchorformer.export import CARD, base_digest, cast, refuse_existing
 from anchorformer.hub import load, read_object
 from anchorformer.processing import AnchorFormerProcessor
 from anchorformer.schema import Schema, parse
-from anchorformer.weights import check_folder, derive_folder, partial_of, read_index, sha256
+from anchorformer.weights import check_folder, derive_folder, make_durable, partial_of, read_index, sha256
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +75,7 @@ def export_connector(folder: Path, out: Path, dtype: torch.dtype, names: dict[st
     }  # fmt: skip
     (partial / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
     (partial / CARD).write_text(card, encoding="utf-8")
+    make_durable(partial)
     partial.rename(out)
     return out
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from anchorformer.configuration import AnchorFormerConfig
 from anchorformer.errors import UserError
 from anchorformer.hub import INDEX
-from anchorformer.weights import MANIFEST, check_folder, partial_of, read_index, write_manifest
+from anchorformer.weights import MANIFEST, check_folder, make_durable, partial_of, read_index, write_manifest
 
 CARD = "README.md"
 """What model hubs show as a model's page."""
@@ -57,6 +57,7 @@ def export_model(folder: Path, out: Path, dtype: torch.dtype, card: str) -> Path
     config.save_pretrained(partial)
     (partial / CARD).write_text(card, encoding="utf-8")
     write_manifest(partial)
+    make_durable(partial)
     partial.rename(out)
     return out
 

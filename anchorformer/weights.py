@@ -129,8 +129,7 @@ def _write_derived(
         weight_map |= _write_shards(partial, part, tensors)
     _write_index(partial, weight_map)
     write_manifest(partial, known={name: known[name] for name in linked})
-    for path in (*partial.rglob("*"), partial):
-        _sync(path)
+    make_durable(partial)
 
 
 def check_folder(
@@ -328,6 +327,12 @@ def _write_index(folder: Path, weight_map: Mapping[str, str]) -> None:
     total = sum((folder / name).stat().st_size for name in set(weight_map.values()))
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def make_durable(folder: Path) -> None:
+    """Keeps everything in a folder through a power cut; call it before the folder gets its name."""
+    for path in (*folder.rglob("*"), folder):
+        _sync(path)
 
 
 def _sync(path: Path) -> None:
