@@ -67,7 +67,7 @@ def record(folder: RunFolder) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("kills", "zero"),
     [
-        pytest.param(5, 2, marks=pytest.mark.faults),
+        pytest.param(3, 2, marks=pytest.mark.faults),
         pytest.param(50, 2, marks=pytest.mark.chaos),
         pytest.param(20, 3, marks=pytest.mark.chaos),
     ],
