@@ -10,8 +10,8 @@ from typing import Any
 
 from data.annotations import AnnotationFile, RecordError, image_path, text_of
 from data.arrow import ArrowSource
-from data.record import ImageRef, Record, Role, Turn
-from data.sources.local import IMAGE, LocalSourceConfig
+from data.record import ImageRef, Record
+from data.sources.local import LocalSourceConfig, asked
 
 PUBLISHED_FOLDER = "ChartQA Dataset"
 """Name of the folder inside the published archive; `folder` may name it or the one that holds it."""
@@ -53,10 +53,7 @@ class ChartqaConfig(LocalSourceConfig):
         return Record(
             id=f"{self.split}-{kind.value}-{position}",
             images=(ImageRef(path=Path(image_path(raw.get("imgname")))),),
-            turns=(
-                Turn(Role.user, f"{IMAGE}\n{text_of(raw, 'query')}{self.prompt_suffix}"),
-                Turn(Role.assistant, str(label)),
-            ),
+            turns=asked(text_of(raw, "query") + self.prompt_suffix, str(label)),
             references=(str(label),),
             meta=(("kind", kind.value),),
         )

@@ -9,8 +9,8 @@ from typing import Any
 from anchorformer.errors import UserError
 from data.annotations import AnnotationFile, RecordError, id_of, image_path, strings_of, text_of
 from data.arrow import ArrowSource
-from data.record import ImageRef, Record, Role, Turn
-from data.sources.local import IMAGE, LocalSourceConfig
+from data.record import ImageRef, Record
+from data.sources.local import LocalSourceConfig, asked
 
 FILES = ("{split}_v1.0.json", "{split}_v1.0_withQT.json")
 """Names under which a split was published, without and with question types."""
@@ -45,16 +45,13 @@ class DocvqaConfig(LocalSourceConfig):
 
     def _parse(self, raw: dict[str, Any], position: int) -> Record:
         answers = strings_of(raw, "answers")
-        turns = [Turn(Role.user, f"{IMAGE}\n{text_of(raw, 'question')}{self.prompt_suffix}")]
-        if answers:
-            turns.append(Turn(Role.assistant, answers[0]))
         types = raw.get("question_types") or []
         if not isinstance(types, list):
             raise RecordError(f"'question_types' is {types!r}, not a list")
         return Record(
             id=id_of(raw, "questionId", position),
             images=(ImageRef(path=Path(image_path(raw.get("image")))),),
-            turns=tuple(turns),
+            turns=asked(text_of(raw, "question") + self.prompt_suffix, answers[0] if answers else None),
             references=tuple(answers),
             meta=(("question_types", "|".join(map(str, types))),) if types else (),
         )

@@ -9,8 +9,8 @@ from typing import Any
 from data.annotations import AnnotationFile, id_of, image_path, text_of
 from data.arrow import ArrowSource
 from data.readers import json_mapping
-from data.record import ImageRef, Record, Role, Turn
-from data.sources.local import IMAGE, LocalSourceConfig
+from data.record import ImageRef, Record
+from data.sources.local import LocalSourceConfig, asked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +30,9 @@ class GqaConfig(LocalSourceConfig):
         return self._open(name, [file], folder / "images", root, cache_dir)
 
     def _parse(self, raw: dict[str, Any], position: int) -> Record:
-        turns = [Turn(Role.user, f"{IMAGE}\n{text_of(raw, 'question')}{self.prompt_suffix}")]
-        if "answer" in raw:
-            turns.append(Turn(Role.assistant, text_of(raw, "answer")))
+        answer = text_of(raw, "answer") if "answer" in raw else None
         return Record(
             id=id_of(raw, "id", position),
             images=(ImageRef(path=Path(image_path(f"{text_of(raw, 'imageId')}.jpg"))),),
-            turns=tuple(turns),
+            turns=asked(text_of(raw, "question") + self.prompt_suffix, answer),
         )

@@ -10,10 +10,17 @@ from pathlib import Path
 from anchorformer.schema import to_plain
 from data.annotations import AnnotationFile
 from data.arrow import ArrowSource, open_source
+from data.record import Role, Turn
 from data.sources.base import SourceConfig
 
 IMAGE = "<image>"
 """Stands in a user's turn for the next image of the record."""
+
+
+def asked(text: str, answer: str | None = None) -> tuple[Turn, ...]:
+    """A question about the record's one image, and the answer that is trained, where there is one."""
+    question = Turn(Role.user, f"{IMAGE}\n{text}")
+    return (question,) if answer is None else (question, Turn(Role.assistant, answer))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,8 @@ from typing import Any
 from data.annotations import AnnotationFile, id_of, image_path, text_of
 from data.arrow import ArrowSource
 from data.readers import json_mapping
-from data.record import ImageRef, Record, Role, Turn
-from data.sources.local import IMAGE, LocalSourceConfig
+from data.record import ImageRef, Record
+from data.sources.local import LocalSourceConfig, asked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,5 +29,5 @@ class MmVetConfig(LocalSourceConfig):
         return Record(
             id=id_of(raw, "id", position),
             images=(ImageRef(path=Path(image_path(raw.get("imagename")))),),
-            turns=(Turn(Role.user, f"{IMAGE}\n{text_of(raw, 'question')}"),),
+            turns=asked(text_of(raw, "question")),
         )

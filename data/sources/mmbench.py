@@ -14,11 +14,11 @@ from typing import Any
 from anchorformer.errors import UserError
 from data.annotations import AnnotationFile, RecordError, id_of, text_of
 from data.arrow import ArrowSource, locked, written_whole
+from data.choices import LETTERS, lettered
 from data.readers import table
-from data.record import ImageRef, Record, Role, Turn
-from data.sources.local import IMAGE, LocalSourceConfig
+from data.record import ImageRef, Record
+from data.sources.local import LocalSourceConfig, asked
 
-LETTERS = "ABCDEFGHIJ"
 LONGEST_INDEX = 64
 """Characters; a longer cell of the image column holds an image, a shorter one the index of the row that does."""
 
@@ -52,18 +52,17 @@ class MmbenchConfig(LocalSourceConfig):
             raise RecordError(f"columns {LETTERS[:4]} hold {len(options)} option(s)")
         options = options[turn:] + options[:turn]
         hint = [raw["hint"]] if "hint" in raw else []
-        lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
-        asked = "\n".join([*hint, text_of(raw, "question"), *lines])
-        turns = [Turn(Role.user, f"{IMAGE}\n{asked}{self.prompt_suffix}")]
+        question = "\n".join([*hint, text_of(raw, "question"), *lettered(options)])
+        answer = None
         if "answer" in raw:
             place = LETTERS.find(raw["answer"])
             if not 0 <= place < len(options):
                 raise RecordError(f"'answer' is {raw['answer']!r}, none of the options")
-            turns.append(Turn(Role.assistant, LETTERS[(place - turn) % len(options)]))
+            answer = LETTERS[(place - turn) % len(options)]
         return Record(
             id=f"{index}/{turn}",
             images=(ImageRef(path=Path(f"{index}.image")),),
-            turns=tuple(turns),
+            turns=asked(question + self.prompt_suffix, answer),
             meta=(("kind", raw.get("category", "no category")), ("index", index)),
         )
 

@@ -10,8 +10,8 @@ from typing import Any
 from anchorformer.errors import UserError
 from data.annotations import AnnotationFile, RecordError, image_path
 from data.arrow import ArrowSource
-from data.record import ImageRef, Record, Role, Turn
-from data.sources.local import IMAGE, LocalSourceConfig
+from data.record import ImageRef, Record
+from data.sources.local import LocalSourceConfig, asked
 
 SUBTASKS = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
@@ -69,10 +69,7 @@ class _Parser:
         return Record(
             id=f"{self.image}/{position}",
             images=(ImageRef(path=Path(image_path(self.image))),),
-            turns=(
-                Turn(Role.user, f"{IMAGE}\n{question.removesuffix(INSTRUCTION)}{self.prompt_suffix}"),
-                Turn(Role.assistant, answer),
-            ),
+            turns=asked(question.removesuffix(INSTRUCTION) + self.prompt_suffix, answer),
             meta=(("kind", self.subtask), ("image", self.image)),
         )
 

@@ -9,8 +9,8 @@ from typing import Any
 from data.annotations import AnnotationFile, RecordError, id_of, image_path, text_of
 from data.arrow import ArrowSource
 from data.readers import json_lines
-from data.record import ImageRef, Record, Role, Turn
-from data.sources.local import IMAGE, LocalSourceConfig
+from data.record import ImageRef, Record
+from data.sources.local import LocalSourceConfig, asked
 
 CATEGORIES = ("adversarial", "popular", "random")
 
@@ -48,9 +48,6 @@ class _Parser:
             # The categories count their questions apart, each from 1.
             id=f"{self.category}/{id_of(raw, 'question_id', position)}",
             images=(ImageRef(path=Path(image_path(raw.get("image")))),),
-            turns=(
-                Turn(Role.user, f"{IMAGE}\n{text_of(raw, 'text')}{self.prompt_suffix}"),
-                Turn(Role.assistant, label),
-            ),
+            turns=asked(text_of(raw, "text") + self.prompt_suffix, label),
             meta=(("kind", self.category),),
         )

@@ -11,11 +11,10 @@ from typing import Any
 from anchorformer.errors import UserError
 from data.annotations import AnnotationFile, RecordError, id_of, image_path, text_of
 from data.arrow import ArrowSource
+from data.choices import LETTERS, lettered
 from data.readers import json_mapping, read_json
-from data.record import ImageRef, Record, Role, Turn
-from data.sources.local import IMAGE, LocalSourceConfig
-
-LETTERS = "ABCDEFGHIJ"
+from data.record import ImageRef, Record
+from data.sources.local import LocalSourceConfig, asked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,14 +44,14 @@ class ScienceqaConfig(LocalSourceConfig):
         hint = raw.get("hint") or ""
         if not all(isinstance(choice, str) for choice in choices):
             raise RecordError(f"'choices' is {str(choices)[:80]!r}, not a list of strings")
-        options = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
-        asked = "\n".join([*([f"Context: {hint}"] if hint else []), text_of(raw, "question"), *options])
+        context = [f"Context: {hint}"] if hint else []
+        question = "\n".join([*context, text_of(raw, "question"), *lettered(choices)])
         name = id_of(raw, "id", position)
         image = image_path(f"{text_of(raw, 'split')}/{name}/{text_of(raw, 'image')}")
         return Record(
             id=name,
             images=(ImageRef(path=Path(image)),),
-            turns=(Turn(Role.user, f"{IMAGE}\n{asked}{self.prompt_suffix}"), Turn(Role.assistant, LETTERS[answer])),
+            turns=asked(question + self.prompt_suffix, LETTERS[answer]),
             meta=(("kind", str(raw.get("subject", "")) or "no subject"),),
         )
 

@@ -11,8 +11,8 @@ from typing import Any
 from data.annotations import AnnotationFile, RecordError, id_of, image_path, read_entries, strings_of, text_of
 from data.arrow import ArrowSource
 from data.readers import json_lines
-from data.record import ImageRef, Record, Role, Turn
-from data.sources.local import IMAGE, LocalSourceConfig
+from data.record import ImageRef, Record
+from data.sources.local import LocalSourceConfig, asked
 
 OCR_LINE = "Reference OCR token:"
 """How the line begins in which LLaVA's prompts list what an OCR system has read."""
@@ -47,13 +47,10 @@ class TextvqaConfig(LocalSourceConfig):
         if self.ocr is not None and ocr is None:
             raise RecordError(f"no prompt with OCR tokens in {self.ocr}")
         question = text_of(raw, "question") + ("" if ocr is None else f"\n{ocr}")
-        turns = [Turn(Role.user, f"{IMAGE}\n{question}{self.prompt_suffix}")]
-        if answers:
-            turns.append(Turn(Role.assistant, answers[0]))
         return Record(
             id=id_of(raw, "question_id", position),
             images=(ImageRef(path=Path(image_path(f"{text_of(raw, 'image_id')}.jpg"))),),
-            turns=tuple(turns),
+            turns=asked(question + self.prompt_suffix, answers[0] if answers else None),
             references=tuple(answers),
         )
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from data.annotations import AnnotationFile, image_path, text_of, votes_of
 from data.arrow import ArrowSource
-from data.record import ImageRef, Record, Role, Turn
-from data.sources.local import IMAGE, LocalSourceConfig
+from data.record import ImageRef, Record
+from data.sources.local import LocalSourceConfig, asked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +34,6 @@ class VizwizConfig(LocalSourceConfig):
     def _parse(self, raw: dict[str, Any], position: int) -> Record:
         image = image_path(raw.get("image"))
         answers = votes_of(raw)
-        turns = [Turn(Role.user, f"{IMAGE}\n{text_of(raw, 'question')}{self.prompt_suffix}")]
-        if answers:
-            turns.append(Turn(Role.assistant, answers[0]))
         return Record(
-            id=image, images=(ImageRef(path=Path(image)),), turns=tuple(turns), references=tuple(answers),
+            id=image, images=(ImageRef(path=Path(image)),), turns=asked(text_of(raw, "question") + self.prompt_suffix, answers[0] if answers else None), references=tuple(answers),
         )  # fmt: skip

@@ -9,8 +9,8 @@ from typing import Any
 from data.annotations import AnnotationFile, RecordError, id_of, image_path, read_entries, text_of
 from data.arrow import ArrowSource
 from data.readers import json_lines
-from data.record import ImageRef, Record, Role, Turn
-from data.sources.local import IMAGE, LocalSourceConfig
+from data.record import ImageRef, Record
+from data.sources.local import LocalSourceConfig, asked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +34,11 @@ class VqaConfig(LocalSourceConfig):
         answers = answer if isinstance(answer, list) else [answer]
         if not all(isinstance(item, str) for item in answers):
             raise RecordError(f"'answer' is {answer!r}, not a string or a list of strings")
-        turns = [Turn(Role.user, f"{IMAGE}\n{text_of(raw, 'question')}{self.prompt_suffix}")]
-        if answers:
-            turns.append(Turn(Role.assistant, answers[0]))
         kind = raw.get("kind")
         return Record(
             id=id_of(raw, "question_id", position),
             images=(ImageRef(path=Path(image_path(raw.get("image")))),),
-            turns=tuple(turns),
+            turns=asked(text_of(raw, "question") + self.prompt_suffix, answers[0] if answers else None),
             references=tuple(answers),
             meta=() if kind is None else (("kind", str(kind)),),
         )

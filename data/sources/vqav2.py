@@ -11,8 +11,8 @@ from typing import Any
 from data.annotations import AnnotationFile, RecordError, id_of, text_of, votes_of
 from data.arrow import ArrowSource
 from data.readers import json_list
-from data.record import ImageRef, Record, Role, Turn
-from data.sources.local import IMAGE, LocalSourceConfig
+from data.record import ImageRef, Record
+from data.sources.local import LocalSourceConfig, asked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,16 +42,13 @@ class Vqav2Config(LocalSourceConfig):
         if not isinstance(image_id, int) or isinstance(image_id, bool) or image_id < 0:
             raise RecordError(f"'image_id' is {image_id!r}, not a number")
         images = self.split.replace("-dev", "")
-        turns = [Turn(Role.user, f"{IMAGE}\n{text_of(raw, 'question')}{self.prompt_suffix}")]
         answers, trained = _answers(raw.get("annotation"))
-        if trained is not None:
-            turns.append(Turn(Role.assistant, trained))
-        elif not self.split.startswith("test"):
+        if trained is None and not self.split.startswith("test"):
             raise RecordError("no annotation of this question")
         return Record(
             id=id_of(raw, "question_id", position),
             images=(ImageRef(path=Path(f"{images}/COCO_{images}_{image_id:012d}.jpg")),),
-            turns=tuple(turns),
+            turns=asked(text_of(raw, "question") + self.prompt_suffix, trained),
             references=answers,
         )
 

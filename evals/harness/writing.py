@@ -11,10 +11,10 @@ from typing import Any
 
 from anchorformer.dialogue import PLACEHOLDER
 from anchorformer.errors import UserError
+from data.choices import LETTERS
 from data.images import locate
 from data.record import ImageRef
 from evals.metrics import MetricName
-from evals.metrics.choice import LETTERS
 from evals.questions import Question
 from evals.tasks.base import AnswerTask, TaskConfig
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from data.choices import LETTERS
 from evals.metrics.base import Definition, equal_label
 
-LETTERS = "ABCDEFGHIJ"
 SENTENCE = re.compile(r"The answer is ([A-Z]).")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 from evals.config import Condition
@@ -122,14 +123,14 @@ def _weighed(groups: Sequence[Group], score: str, cost: str, tasks: Sequence[str
         ]  # fmt: skip
         if not points:
             continue
-        middle = (figures.mean(x for x, _ in points), figures.mean(y for _, y in points))
+        middle = (fmean(x for x, _ in points), fmean(y for _, y in points))
         if len(points) > 1:
             singles.append(_points(group.label, points, marker(position, 7, 0.45), legend=False))
         means.append((middle, position))
         labels.append(group.label)
     if len(means) < 2:
         return None  # one point is weighed against nothing
-    line = front([middle for middle, _ in means])  # type: ignore[misc]  # means of what is there
+    line = front([middle for middle, _ in means])
     data: list[dict[str, Any]] = [{
         "type": "scatter", "mode": "lines", "name": "not beaten in both", "hoverinfo": "skip",
         "x": [x for x, _ in line], "y": [y for _, y in line], "line": {"color": "#888888", "dash": "dot", "width": 1.5},

@@ -87,7 +87,7 @@ class AnswerTask(TaskConfig):
     """Also write the predictions in the layout of this benchmark's server or judge."""
 
     def __post_init__(self) -> None:
-        self._definition  # noqa: B018  # asked here so that a wrong name is an error of the config
+        METRICS[self.metric].named(self.variant)  # a wrong name is an error of the config
 
     @property
     def _definition(self) -> tuple[str, Definition]:

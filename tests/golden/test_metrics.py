@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from data.choices import LETTERS
 from evals.metrics import METRICS, MetricName, mme, pope
-from evals.metrics.choice import LETTERS
 from evals.metrics.vqa_accuracy import normalise
 
 BY_GOLDEN_NAME = {
