@@ -143,7 +143,11 @@ def test_only_what_changes_is_a_curve() -> None:
 
 
 STUB = {
-    "hangs": "import time\ndef init(**_):\n    time.sleep(600)\nSettings = dict",
+    "hangs": (
+        "import pathlib, time\n"
+        "def init(**_):\n    pathlib.Path(__file__).with_name('hangs').touch()\n    time.sleep(600)\n"
+        "Settings = dict"
+    ),
     "raises": "def init(**_):\n    raise RuntimeError('no network')\nSettings = dict",
 }
 
@@ -183,6 +187,11 @@ def test_a_broken_tracker_does_not_reach_the_run(
         warnings = [record.message for record in caplog.records if "python -m train sync" in record.message]
         assert len(warnings) == (1 if kind == "raises" else 0)
         if kind == "hangs":
+            # So short a run may be over before the process has got as far as the tracker.
+            deadline = time.monotonic() + 60
+            while not (stub / "hangs").exists():
+                assert time.monotonic() < deadline, "the tracker was never started"
+                time.sleep(0.05)
             assert started[0]._process.poll() is None, "it hangs still, and nobody waits"
             with pytest.raises(BusyError):
                 feed(tracked, Shelf(), over())
