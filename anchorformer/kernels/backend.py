@@ -22,7 +22,7 @@ class Backend(str, Enum):
     """The ways to compute attention; all give the same result within rounding."""
 
     matmul = "matmul"
-    """Scores as one tensor, softmax, product: the plain twin, and the fastest on CPU at small sizes."""
+    """Scores, softmax, product: the plain twin, and the fastest on CPU in bf16 at small sizes or without backward."""
     sdpa = "sdpa"
     """torch's fused scaled_dot_product_attention: no score tensor."""
     varlen = "varlen"
@@ -41,21 +41,25 @@ class Kernels(str, Enum):
 
 
 LARGEST_MATMUL_POSITIONS = {torch.bfloat16: 640}
-"""Longest row for which `matmul` beats `sdpa` on CPU, by dtype (none in fp32).
+"""Longest row for which `matmul` beats `sdpa` on CPU where backward keeps the scores, by dtype (none in fp32).
 
 Measured on one thread of an AVX-512-BF16 EPYC with torch 2.13, matmul / sdpa in milliseconds: bf16 causal forward plus
-backward at 100 positions 13 / 37, 200 17 / 31, 512 46 / 51, 1024 90 / 63; bf16 vision forward at 577 tokens 13 / 21;
-fp32 at 100 29 / 17, at 577 45 / 22.
+backward at 100 positions 13 / 37, 200 17 / 31, 512 46 / 51, 1024 90 / 63; fp32 at 100 29 / 17, at 577 45 / 22. Without
+backward `matmul` goes block by block and is ahead in bf16 at every size (16 heads of 64: 577 positions 13 / 22, 1025
+35 / 62, 2305 207 / 303, 5185 1240 / 1493) and at none in fp32 (577: 20 / 19, 2305: 312 / 273).
 """
 
 
-def choose(device: torch.device, dtype: torch.dtype, num_positions: int, head_width: int, *, flat: bool) -> Backend:
+def choose(
+    device: torch.device, dtype: torch.dtype, num_positions: int, head_width: int, *, flat: bool, in_blocks: bool
+) -> Backend:
     """Chooses the backend; a pure function of its arguments, so a shape always runs the same way.
 
     Args:
         num_positions: longest row of queries or keys, in positions.
         head_width: width of one head.
         flat: several samples in one row with cu_seqlens, instead of a rectangle.
+        in_blocks: no backward follows and no mask is given, so that `matmul` need not hold all scores at a time.
     """
     if device.type == "cuda":
         if not flat:
@@ -65,6 +69,8 @@ def choose(device: torch.device, dtype: torch.dtype, num_positions: int, head_wi
     limit = LARGEST_MATMUL_POSITIONS.get(dtype)
     if limit is None:
         return _log(Backend.sdpa, device, dtype, "fastest on CPU in this dtype at every size")
+    if in_blocks:
+        return _log(Backend.matmul, device, dtype, "without backward block by block, where it beats sdpa at every size")
     if num_positions <= limit:
         return _log(Backend.matmul, device, dtype, f"rows of at most {limit} positions, where it beats sdpa")
     return _log(Backend.sdpa, device, dtype, f"rows of more than {limit} positions")

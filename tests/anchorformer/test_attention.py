@@ -114,16 +114,37 @@ def test_flat_attention_is_causal_attention_inside_each_sample(lengths: list[int
     torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=tolerance)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    queries=st.integers(1, 9), more_keys=st.integers(0, 4), groups=st.sampled_from([1, 2]), causal=st.booleans(),
+    room=st.integers(1, 400),
+)  # fmt: skip
+def test_without_backward_scores_are_computed_block_by_block(
+    queries: int, more_keys: int, groups: int, causal: bool, room: int
+) -> None:
+    """Whatever the room for scores, heads and rows are the ones of the whole product; fp32 sums of 13 terms at most."""
+    torch.manual_seed(queries)
+    query, key, value = (x.float() for x in _qkv(2, 2 * groups, 2, queries, queries + more_keys))
+    how: dict[str, Any] = {"scale": 8**-0.5, "causal": causal, "backend": Backend.matmul}
+    whole = attend(query.requires_grad_(), key, value, **how)
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("anchorformer.kernels.attention.SCORES_AT_A_TIME", room)
+        patch.setattr("anchorformer.kernels.attention._matmul", None)  # is not what runs
+        found = attend(query, key, value, **how)
+    torch.testing.assert_close(found, whole.detach(), atol=1e-6, rtol=1e-6)
+
+
 def test_choice_is_a_function_of_device_dtype_and_size(caplog: pytest.LogCaptureFixture) -> None:
     cpu = torch.device("cpu")
     backend_module._log_once.cache_clear()
     limit = backend_module.LARGEST_MATMUL_POSITIONS[torch.bfloat16]
     with caplog.at_level(logging.INFO, logger=backend_module.__name__):
         for _ in range(3):
-            assert choose(cpu, torch.bfloat16, limit, 64, flat=False) is Backend.matmul
-            assert choose(cpu, torch.bfloat16, limit + 1, 64, flat=True) is Backend.sdpa
-            assert choose(cpu, torch.float32, 1, 64, flat=True) is Backend.sdpa
-    assert len(caplog.records) == 3  # each choice once, with its reason
+            assert choose(cpu, torch.bfloat16, limit, 64, flat=False, in_blocks=False) is Backend.matmul
+            assert choose(cpu, torch.bfloat16, limit + 1, 64, flat=True, in_blocks=False) is Backend.sdpa
+            assert choose(cpu, torch.bfloat16, limit + 1, 64, flat=True, in_blocks=True) is Backend.matmul
+            assert choose(cpu, torch.float32, 1, 64, flat=True, in_blocks=True) is Backend.sdpa
+    assert len(caplog.records) == 4  # each choice once, with its reason
     assert all("(" in record.getMessage() for record in caplog.records)
 
 

@@ -129,7 +129,7 @@ def test_the_flash_attn_wheel_is_called_by_its_signature_and_comes_first(
 ) -> None:
     _install(monkeypatch, "flash_attn", "flash_attn_varlen_func", _flash_attn_2_8)
     _pretend_h200(monkeypatch)
-    assert choose(torch.device("cuda"), torch.bfloat16, 129, WIDTH, flat=True) is Backend.flash_attn
+    assert choose(torch.device("cuda"), torch.bfloat16, 129, WIDTH, flat=True, in_blocks=False) is Backend.flash_attn
     _check(varlen.flash_attn, groups, 0.3)
 
 
@@ -148,10 +148,10 @@ def _check(kernel: Callable[..., Tensor], groups: int, scale: float) -> None:
 def test_without_a_kernel_the_rectangle_runs_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     _pretend_h200(monkeypatch)
     cuda = torch.device("cuda")
-    assert choose(cuda, torch.bfloat16, 9, WIDTH, flat=True) is Backend.varlen
-    assert choose(cuda, torch.float32, 9, WIDTH, flat=True) is Backend.sdpa
+    assert choose(cuda, torch.bfloat16, 9, WIDTH, flat=True, in_blocks=False) is Backend.varlen
+    assert choose(cuda, torch.float32, 9, WIDTH, flat=True, in_blocks=False) is Backend.sdpa
     assert "half precision" in backend_module._choose_flat_on_cuda(torch.float32, WIDTH)[1]
-    assert choose(cuda, torch.bfloat16, 9, 60, flat=True) is Backend.sdpa
+    assert choose(cuda, torch.bfloat16, 9, 60, flat=True, in_blocks=False) is Backend.sdpa
     assert "head widths" in backend_module._choose_flat_on_cuda(torch.bfloat16, 60)[1]
 
     _install(monkeypatch, "torch.nn.attention.varlen", "varlen_attn", lambda query, key, value, borders: None)
@@ -205,7 +205,10 @@ def _errors(leaves: list[Tensor], run: Callable[[list[Tensor]], Tensor]) -> list
 @pytest.mark.parametrize("groups", [1, 2])
 def test_varlen_error_is_at_most_twice_that_of_the_plain_computation(groups: int) -> None:
     """Output and gradients; the yardstick is flash-attention's own: plain attention in the same precision."""
-    assert choose(torch.device("cuda"), torch.bfloat16, 129, WIDTH, flat=True) in (Backend.varlen, Backend.flash_attn)
+    assert choose(torch.device("cuda"), torch.bfloat16, 129, WIDTH, flat=True, in_blocks=False) in (
+        Backend.varlen,
+        Backend.flash_attn,
+    )
     leaves = [x.detach().cuda().requires_grad_() for x in _qkv(groups, torch.bfloat16)]
 
     def plain(tensors: list[Tensor]) -> Tensor:
