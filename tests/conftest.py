@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.products import Product
+
 ROOT = Path(__file__).resolve().parent.parent
 
 ANCHOR = {"_target_": "anchorformer.selectors.anchor.AnchorSelectorConfig", "num_anchors": 9, "layer": -2}
@@ -30,6 +32,33 @@ SENTENCES = [
     "a receipt from grand: juice 8, tea 11, total 26", "describe the image. a bar chart: black 4, yellow 6",
     "A chat between a curious user and an artificial intelligence assistant. USER: ASSISTANT:",
 ]  # fmt: skip
+
+
+PRODUCTS = pytest.StashKey[dict[str, Product]]()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What looks at a product comes last: it is made while the other tests run."""
+    items.sort(key=lambda item: item.get_closest_marker("product") is not None)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Products take minutes of processes of their own, so they begin before the first test."""
+    budgets = {marker.args[0] for item in session.items for marker in item.iter_markers("product")}
+    begun = budgets if not session.config.option.collectonly else set()
+    session.config.stash[PRODUCTS] = {budget: Product(budget) for budget in sorted(begun)}
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    for product in session.config.stash.get(PRODUCTS, {}).values():
+        product.end()
+
+
+@pytest.fixture(scope="module")
+def runs(request: pytest.FixtureRequest) -> Path:
+    """Folder of the runs `align` and `finetune` of the module's product."""
+    marker = request.node.get_closest_marker("product")
+    return request.config.stash[PRODUCTS][marker.args[0]].runs()
 
 
 def _folder(variable: str, default: str) -> Path:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,39 @@ ROOT = Path(__file__).resolve().parent.parent
 SCENE, CHART, DOC = "miniworld_scene", "miniworld_chart", "miniworld_doc"
 
 
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHON": sys.executable}
+
+
 def launch(script: str, *arguments: str) -> str:
     """Runs a script of launch/ as a user would and returns what it printed; a failure shows its end."""
-    environment = {**os.environ, "PYTHON": sys.executable}
     command = [str(ROOT / "launch" / script), *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{script} ended with {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout
+
+
+class Product:
+    """launch/miniworld.sh at work beside the tests, which have the first say on the machine's cores."""
+
+    def __init__(self, budget: str) -> None:
+        self._budget, self._folder = budget, tempfile.TemporaryDirectory(prefix=f"product-{budget}-")
+        self._log = Path(self._folder.name) / "log.txt"
+        command = ["nice", str(ROOT / "launch" / "miniworld.sh"), budget, f"output_root={self._folder.name}"]
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(command, cwd=ROOT, env=_environment(), stdout=log, stderr=log)
+
+    def runs(self) -> Path:
+        """The folder of its two runs, once it has ended; a failure shows the end of what it printed."""
+        code = self._process.wait()
+        assert code == 0, f"miniworld.sh {self._budget} ended with {code}\n{self._log.read_text()[-4000:]}"
+        return next(path.parent for path in Path(self._folder.name).glob("*/finetune"))
+
+    def end(self) -> None:
+        """Stops what is still at work, and leaves nothing behind."""
+        self._process.terminate()
+        self._process.wait()
+        self._folder.cleanup()
 
 
 def steps(run: Path) -> list[dict[str, Any]]:

@@ -8,12 +8,7 @@ import pytest
 
 from tests.products import CHART, DOC, SCENE, launch, margins, steps
 
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("smoke")
-    launch("miniworld.sh", "smoke", f"output_root={root}")
-    return root / "smoke"
+pytestmark = pytest.mark.product("smoke")
 
 
 def test_both_stages_are_done_and_learned(runs: Path) -> None:

@@ -9,14 +9,7 @@ import pytest
 
 from tests.products import CHART, DOC, SCENE, launch, margins, steps
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("train")
-    launch("miniworld.sh", "train", f"output_root={root}")
-    return root / "miniworld"
+pytestmark = [pytest.mark.slow, pytest.mark.product("train")]
 
 
 def test_the_mini_world_means_something(runs: Path) -> None:

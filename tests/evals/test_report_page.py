@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -24,9 +23,8 @@ from evals.report.overlays import answers, gallery
 from evals.report.parallel import Scale, parallel
 from evals.report.plots import front, pareto, seeds
 from evals.report.seeds import group
+from tests.browser import CHROMIUM
 from tests.evals.runs_on_disk import config, write_media, write_stage, write_sweep
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 HEADLESS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--window-size=1280,2000",
