@@ -6,6 +6,7 @@ is left out of both: it costs the same and would only dilute the ratio.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,10 +16,18 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from anchorformer.contracts import Batch
 from anchorformer.kernels.attention import TEXT_ATTENTION
 from anchorformer.lean import make_lean
 from bench import lengths
-from bench.gpu.as_published import PublishedSelector, collate_padded, padded_loss, published_vision
+from bench.gpu.as_published import (
+    PaddedBatch,
+    PublishedSelector,
+    collate_padded,
+    padded_logits,
+    padded_loss,
+    published_vision,
+)
 from bench.gpu.ladder import draw
 from bench.gpu.shapes import (
     Length,
@@ -31,7 +40,7 @@ from bench.gpu.shapes import (
     tiny_scale,
 )
 from bench.published.connector import PublishedConnector
-from bench.runner import Row, Size, cpu_seconds, error
+from bench.runner import Row, Size, as_accurate, cpu_seconds, error
 from bench.vision import spread
 from data.collate import collate
 from train.loss import supervised_loss
@@ -124,19 +133,51 @@ def _stage(pair: _Pair, stage: int, found: list[Length], size: Size) -> Iterator
         "kept": lambda: results.update(kept=old(checkpointing=False)),
     }
     seconds = cpu_seconds(calls, repeats=1, warm_up=size is Size.tiny)
-    # In bf16 the paths choose a few other anchors, as any rounding does; there the loss alone is compared.
     exact = ours.dtype is torch.float32
-    limit, compared = (1e-4, None) if exact else (2.0**-8, 1)
+    rounding = None if exact else _logits(pair, batch, padded)
     positions = [length.positions(pair.image_tokens) for length in samples]
-    what = "loss and gradients" if exact else "loss"
     for name, how in (("checkpointed", "with checkpointing"), ("kept", "without checkpointing")):
-        difference = max(map(error, results["new"][:compared], results[name][:compared]))
+        if rounding is None:
+            difference = max(map(error, results["new"], results[name]))
+            equal, rule = difference < 1e-4, f"loss and gradients to 1e-4 ({difference:.0e})"
+        else:
+            (mine, theirs, reference), (loss, other) = rounding, (results["new"][0], results[name][0])
+            equal = as_accurate(mine, theirs, reference)
+            rule = (
+                f"logits at most twice as far from fp32 as the published ones ({error(mine, reference):.1e}, "
+                f"{error(theirs, reference):.1e}); losses differ by {error(loss, other):.0e}"
+            )
         yield Row(
             name=f"stage-{stage} step, batch {BATCH}, {how} in the published one", unit="s", old=seconds[name],
-            new=seconds["new"], equal=difference < limit, goal_ratio=None if size is Size.tiny else GOALS[stage],
+            new=seconds["new"], equal=equal, goal_ratio=None if size is Size.tiny else GOALS[stage],
             note=f"forward and backward, {sum(positions)} real positions, {BATCH * max(positions)} padded, "
-            f"{supervised} supervised; equal: {what} to {limit:.0e} ({difference:.0e})",
+            f"{supervised} supervised; equal: {rule}",
         )  # fmt: skip
+
+
+@torch.no_grad()
+def _logits(pair: _Pair, batch: Batch, padded: PaddedBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """At the supervised positions: ours and the published ones in bf16, and ours in fp32, where the paths are equal.
+
+    In bf16 a loss may differ by more than its rounding: the paths choose a few other anchors, as any rounding does.
+    """
+    exact = copy.deepcopy(pair.ours).float()
+    reference = _flat_logits(exact, batch)
+    del exact
+    return _flat_logits(pair.ours, batch), padded_logits(pair.published, padded), reference
+
+
+def _flat_logits(model: Any, batch: Batch) -> Tensor:
+    """(Q, C) of a flat batch at its supervised positions."""
+    logits: list[Tensor] = []
+
+    def forward(**inputs: Any) -> Any:
+        out = model(**inputs)
+        logits.append(out.logits[0])
+        return out
+
+    supervised_loss(forward, batch, 1)
+    return logits[0]
 
 
 def _one_rank(stage: int, found: list[Length], image_tokens: int) -> list[Length]:

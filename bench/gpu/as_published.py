@@ -100,11 +100,19 @@ def padded_loss(model: Any, batch: PaddedBatch, step_supervised: int, *, all_log
     Args:
         all_logits: whether the head computes every position, as published, or the supervised ones.
     """
+    if all_logits:
+        loss = head.loss(_padded_hidden(model, batch), model.get_output_embeddings(), batch.labels_BL)
+        return loss * (batch.targets_Q.numel() / step_supervised)
+    return cross_entropy_sum(padded_logits(model, batch), batch.targets_Q) / step_supervised
+
+
+def padded_logits(model: Any, batch: PaddedBatch) -> Tensor:
+    """(Q, C) at the supervised positions, in the order of the flat form."""
+    hidden_BLD = _padded_hidden(model, batch)
+    return model.get_output_embeddings()(hidden_BLD.flatten(0, 1).index_select(0, batch.predict_index_Q))
+
+
+def _padded_hidden(model: Any, batch: PaddedBatch) -> Tensor:
     embeds = model.get_input_embeddings()(batch.input_ids_BL)
     embeds = fuse(embeds, batch.input_ids_BL, model.encode_images(batch.tiles_B3HW), model.image_token_id)
-    hidden_BLD = model.language_model.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
-    lm_head = model.get_output_embeddings()
-    if all_logits:
-        return head.loss(hidden_BLD, lm_head, batch.labels_BL) * (batch.targets_Q.numel() / step_supervised)
-    logits_QC = lm_head(hidden_BLD.flatten(0, 1).index_select(0, batch.predict_index_Q))
-    return cross_entropy_sum(logits_QC, batch.targets_Q) / step_supervised
+    return model.language_model.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
