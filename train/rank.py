@@ -121,6 +121,8 @@ def run_rank(
     )  # fmt: skip
     if resumed:
         checkpoint.check_data(resumed, loader.data_fingerprint)
+    if config.profiled is not None:  # once more: a resumed run may have another than the one it was prepared with
+        config.profiled.check(loader.total_steps)
 
     progress.enter(Phase.loading)
     with loading(config, world, dtype):

@@ -144,6 +144,10 @@ class RunFolder:
         """What NCCL itself has to say, where NCCL_DEBUG asks for it."""
         return self.path / "logs" / f"nccl_rank_{rank}.log"
 
+    def trace(self, first: int, last: int, rank: int) -> Path:
+        """What a rank did in the steps from `first` to `last`, as Chrome's trace format under gzip."""
+        return self.path / "profile" / f"step-{first:08d}-{last:08d}" / f"rank_{rank}.json.gz"
+
     @property
     def start(self) -> Path:
         """The model folder that every rank loads: `start/` here, or the folder that `start.txt` names.
