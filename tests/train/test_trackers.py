@@ -143,7 +143,8 @@ def test_only_what_changes_is_a_curve() -> None:
 
 
 STUB = {
-    "hangs": "import time\ndef init(**_):\n    time.sleep(600)\nSettings = dict",
+    "hangs": "import time, pathlib\ndef init(**_):\n    pathlib.Path(__file__).with_name('hung').touch()\n"
+    "    time.sleep(600)\nSettings = dict",
     "raises": "def init(**_):\n    raise RuntimeError('no network')\nSettings = dict",
 }
 
@@ -184,6 +185,9 @@ def test_a_broken_tracker_does_not_reach_the_run(
         assert len(warnings) == (1 if kind == "raises" else 0)
         if kind == "hangs":
             assert started[0]._process.poll() is None, "it hangs still, and nobody waits"
+            deadline = time.monotonic() + 60
+            while not (stub / "hung").exists() and time.monotonic() < deadline:
+                time.sleep(0.05)  # on a machine that is busy the run may be over before it hangs
             with pytest.raises(BusyError):
                 feed(tracked, Shelf(), over())
     finally:
