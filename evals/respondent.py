@@ -19,10 +19,11 @@ import anchorformer.auto  # noqa: F401  (makes the processor known to AutoProces
 from anchorformer import hub
 from anchorformer.contracts import VisionFeatures
 from anchorformer.errors import UserError
+from anchorformer.model_folder import MANIFEST, sha256
 from anchorformer.modeling import AnchorFormerForConditionalGeneration
 from anchorformer.processing import AnchorFormerProcessor
 from anchorformer.schema import to_plain
-from anchorformer.weights import MANIFEST, check_folder, load_model, sha256
+from anchorformer.weights import check_folder, load_model
 from data.collate import collate
 from data.config import OnBad
 from data.features import FeatureCache

@@ -276,7 +276,7 @@ def _compare_start(folder: RunFolder) -> None:
 
 
 def _manifest_hash(folder: Path) -> str:
-    from anchorformer.weights import MANIFEST, sha256
+    from anchorformer.model_folder import MANIFEST, sha256
 
     manifest = folder / MANIFEST
     return sha256(manifest) if manifest.is_file() else "no manifest"

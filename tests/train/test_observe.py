@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from anchorformer.errors import UserError
-from anchorformer.weights import MANIFEST
+from anchorformer.model_folder import MANIFEST
 from evals.questions import Question
 from tests.train.cases import ALIGN, FINETUNE
 from tests.train.ranks import Ranks

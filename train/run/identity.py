@@ -126,7 +126,7 @@ def differences(one: Any, other: Any, path: str = "") -> Iterator[tuple[str, Any
 
 def identify(config: RunConfig, start: Path, data: dict[str, str], order: str, trained: str) -> Identity:
     """The identity of a run that is about to start, as this process sees it."""
-    from anchorformer.weights import MANIFEST, sha256  # imports torch, which a command line does not need
+    from anchorformer.model_folder import MANIFEST, sha256  # imports torch, which a command line does not need
 
     return Identity(
         config=numbers_digest(config), start=sha256(start / MANIFEST), data=data, order=order, trained=trained,
