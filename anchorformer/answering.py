@@ -15,8 +15,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from anchorformer.errors import UserError
 from anchorformer.modeling import AnchorFormerForConditionalGeneration
-from anchorformer.processing import AnchorFormerProcessor, Turns
+from anchorformer.processing import AnchorFormerProcessor
 from anchorformer.seen import Seen
+from anchorformer.writer import Turns
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 """What stands at the end of decoded text as long as its last character is incomplete."""

@@ -19,9 +19,10 @@ from anchorformer.assemble import assemble
 from anchorformer.errors import UserError, run_guarded
 from anchorformer.export import CARD, base_digest, cast, refuse_existing
 from anchorformer.hub import load, read_object
+from anchorformer.model_folder import derive_folder, make_durable, partial_of, read_index, sha256
 from anchorformer.processing import AnchorFormerProcessor
 from anchorformer.schema import Schema, parse
-from anchorformer.weights import check_folder, derive_folder, make_durable, partial_of, read_index, sha256
+from anchorformer.weights import check_folder
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,8 @@ from tqdm import tqdm
 from anchorformer.configuration import AnchorFormerConfig
 from anchorformer.errors import UserError
 from anchorformer.hub import INDEX
-from anchorformer.weights import MANIFEST, check_folder, make_durable, partial_of, read_index, write_manifest
+from anchorformer.model_folder import MANIFEST, make_durable, partial_of, read_index, write_manifest
+from anchorformer.weights import check_folder
 
 CARD = "README.md"
 """What model hubs show as a model's page."""

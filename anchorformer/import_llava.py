@@ -24,12 +24,12 @@ from anchorformer.connectors.identity import IdentityConfig
 from anchorformer.errors import UserError, run_guarded
 from anchorformer.hub import CONFIG, INDEX, check_files, load, read_object, read_weight_map
 from anchorformer.images import ImageTransform
+from anchorformer.model_folder import PARTS, compare_shapes, read_header
 from anchorformer.modeling import AnchorFormerForConditionalGeneration, parse_parts
 from anchorformer.processing import AnchorFormerProcessor
 from anchorformer.schema import TARGET, plugin_to_plain
 from anchorformer.selectors.anchor import AnchorSelectorConfig
 from anchorformer.selectors.base import ClsAndPatchesConfig, SelectorConfig
-from anchorformer.weights import PARTS, compare_shapes, read_header
 
 log = logging.getLogger(__name__)
 

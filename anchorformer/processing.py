@@ -1,10 +1,10 @@
-"""The one object that turns conversations and images into model input, in training, evaluation and export alike."""
+"""The one object that gives model input for conversations and images, to training, evaluation and others alike."""
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,27 +15,23 @@ from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase, P
 
 from anchorformer.configuration import AnchorFormerConfig
 from anchorformer.contracts import IGNORE_INDEX, Example
-from anchorformer.dialogue import PLACEHOLDER, read_turns
+from anchorformer.dialogue import PLACEHOLDER
 from anchorformer.errors import UserError
 from anchorformer.images import ImageTransform
 from anchorformer.messages import Messages, read_messages
 from anchorformer.schema import parse, to_plain
-from anchorformer.templates import Picture, Segment, Special, Text, make_template
+from anchorformer.templates import make_template
 from anchorformer.tiling import Size, Tiling
 from anchorformer.tokenization import SENTENCEPIECE_FILE, After, SentencePieceEncoder, choose_encoder
+from anchorformer.writer import Turns, Writer
 
 log = logging.getLogger(__name__)
 
 IMAGE_TOKEN = PLACEHOLDER
 """Name under which the image token is added to a tokenizer."""
 
-Turns = Sequence[tuple[str, str]]
-"""(role, text) in order; roles are `system` (first, optional), `user` and `assistant`."""
-
 _CHAT_HINTS = ("padding",)
 """Arguments of `apply_chat_template` that ask for what is done anyway."""
-
-_OVERLENGTH = ("error", "drop", "truncate_answer")
 
 
 class Measure(NamedTuple):
@@ -49,8 +45,8 @@ class Measure(NamedTuple):
 class AnchorFormerProcessor(ProcessorMixin):
     """Conversation template, tokenizer, placeholder expansion, labels and image transform behind one door.
 
-    Ids and labels are made in one pass, segment by segment, so they cannot disagree. A sample is padded by its length,
-    never by looking for the padding id, which may be a token that also occurs in text.
+    A sample is padded by its length, never by looking for the padding id, which may be a token that also occurs in
+    text.
 
     Args:
         image_transform: image to uint8 tiles.
@@ -82,6 +78,13 @@ class AnchorFormerProcessor(ProcessorMixin):
         self.encoder, reason = choose_encoder(tokenizer, image_token)
         log.info("text is encoded by: %s", reason)
         self._set_template(template)
+
+    @property
+    def _writer(self) -> Writer:
+        return Writer(
+            self._template, self.encoder, self.tokenizer, self.image_token_id, self.num_image_tokens,
+            self.image_transform.tiling,
+        )  # fmt: skip
 
     def _set_template(self, name: str) -> None:
         self._template = make_template(name, self.tokenizer, tuple(self.encoder.specials))
@@ -127,22 +130,11 @@ class AnchorFormerProcessor(ProcessorMixin):
                 `max_length` that may not be cut, or cannot be without losing image tokens or its last target.
         """
         counts = [self.image_transform.count(image.size) for image in images]
-        ids, labels = self._write(turns, counts, sample_id)
-        kept = self._kept_length(ids, labels, max_length, overlength)
-        if max_length is not None and kept > max_length:
-            supervised = sum(label != IGNORE_INDEX for label in labels)
-            raise UserError(
-                f"{sample_id}: the sample is too long",
-                found=f"{len(ids)} positions ({self._placeholders(counts)} of them image tokens, {supervised} "
-                f"supervised) with overlength={overlength}",
-                expected=f"at most {max_length}"
-                + (" with every image token and at least one target" if overlength == "truncate_answer" else ""),
-                remedy="raise data.max_length, or set data.overlength to drop or truncate_answer",
-            )
+        ids, labels = self._writer.sample(turns, counts, sample_id, max_length, overlength)
         return Example(
             sample_id=sample_id,
-            input_ids_S=torch.tensor(ids[:kept], dtype=torch.int64),
-            labels_S=torch.tensor(labels[:kept], dtype=torch.int64),
+            input_ids_S=torch.tensor(ids, dtype=torch.int64),
+            labels_S=torch.tensor(labels, dtype=torch.int64),
             tiles_B3HW=self.image_transform.tiles(images),
             tile_counts=tuple(counts),
         )
@@ -169,8 +161,9 @@ class AnchorFormerProcessor(ProcessorMixin):
         if self.needs_sizes:
             pairs = zip(counts, sizes, strict=True)
             counts = [fewest if size is None else transform.count(size) for fewest, size in pairs]
-        ids, labels = self._write(turns, counts, sample_id)
-        kept = self._kept_length(ids, labels, max_length, overlength)
+        writer = self._writer
+        ids, labels = writer.labelled(turns, counts, sample_id)
+        kept = writer.kept_length(ids, labels, max_length, overlength)
         return Measure(kept, sum(label != IGNORE_INDEX for label in labels[:kept]))
 
     @property
@@ -185,7 +178,7 @@ class AnchorFormerProcessor(ProcessorMixin):
             UserError: the last turn is not the user's, and as `encode`.
         """
         counts = [self.image_transform.count(image.size) for image in images]
-        ids, _ = self._to_ids(self._asking(turns, len(images), sample_id), counts)
+        ids, _ = self._writer.ids(self._writer.asking(turns, len(images), sample_id), counts)
         return torch.tensor(ids, dtype=torch.int64)
 
     def pad(self, rows: Sequence[Tensor], *, side: str = "left") -> BatchFeature:
@@ -236,7 +229,9 @@ class AnchorFormerProcessor(ProcessorMixin):
         marked = texts or ["".join(said for role, said in turns if role == "user") for turns in conversations or ()]
         per_sample = _deal(images, [sample.count(PLACEHOLDER) for sample in marked])
         if texts is not None:
-            rows = [self._written_out(sample, own) for sample, own in zip(texts, per_sample, strict=True)]
+            counts = [[self.image_transform.count(image.size) for image in own] for own in per_sample]
+            read = [self._writer.read(sample, own) for sample, own in zip(texts, counts, strict=True)]
+            rows = [torch.tensor(ids, dtype=torch.int64) for ids in read]
         else:
             rows = [self.prompt(turns, own) for turns, own in zip(conversations or (), per_sample, strict=True)]
         batch = self.pad(rows, side=padding_side)
@@ -284,11 +279,10 @@ class AnchorFormerProcessor(ProcessorMixin):
             batch = self([images for _, images in read], conversations=[turns for turns, _ in read])
             return batch if return_dict else batch["input_ids"]
         if add_generation_prompt:
-            written = [self._asking(turns, len(images), "prompt") for turns, images in read]
+            written = [self._writer.asking(turns, len(images), "prompt") for turns, images in read]
         else:
-            dialogues = [read_turns(turns, len(images), "conversation") for turns, images in read]
-            written = [self._template.segments(dialogue, generate=False) for dialogue in dialogues]
-        texts = [self._text(segments) for segments in written]
+            written = [self._writer.answered(turns, len(images), "conversation") for turns, images in read]
+        texts = [self._writer.text(segments) for segments in written]
         return texts[0] if single else texts
 
     @property
@@ -334,78 +328,6 @@ class AnchorFormerProcessor(ProcessorMixin):
         if isinstance(self.encoder, SentencePieceEncoder):
             (Path(save_directory) / SENTENCEPIECE_FILE).write_bytes(self.encoder.model)
         return files
-
-    def _placeholders(self, tile_counts: Iterable[int]) -> int:
-        """Embeddings that stand for images of so many tiles."""
-        return self.num_image_tokens * sum(map(self.image_transform.tiling.views, tile_counts))
-
-    def _write(self, turns: Turns, tile_counts: Sequence[int], sample_id: str) -> tuple[list[int], list[int]]:
-        dialogue = read_turns(turns, len(tile_counts), sample_id)
-        return self._to_ids(self._template.segments(dialogue, generate=False), tile_counts)
-
-    def _asking(self, turns: Turns, num_images: int, sample_id: str) -> list[Segment]:
-        dialogue = read_turns(turns, num_images, sample_id)
-        if dialogue.exchanges[-1].answer is not None:
-            raise UserError(
-                f"{sample_id}: nothing is asked", found="a conversation that ends with an answer",
-                expected="a user's turn at the end", remedy="leave the reference answer out of the prompt",
-            )  # fmt: skip
-        return self._template.segments(dialogue, generate=True)
-
-    def _text(self, segments: Sequence[Segment]) -> str:
-        """Segments as one text that `_written_out` reads: images as placeholders, no BOS of their own."""
-        texts = []
-        segments = segments[1:] if segments[:1] == [Special(self.tokenizer.bos_token_id)] else segments
-        for segment in segments:
-            match segment:
-                case Text(text):
-                    texts.append(text)
-                case Special(index):
-                    texts.append(self.tokenizer.convert_ids_to_tokens(index))
-                case Picture():
-                    texts.append(PLACEHOLDER)
-        return "".join(texts)
-
-    def _written_out(self, text: str, images: Sequence[Image.Image]) -> Tensor:
-        bos = self.tokenizer.bos_token
-        missing = bos is not None and not text.startswith(bos)
-        segments: list[Segment] = [Special(self.tokenizer.bos_token_id)] if missing else []
-        for index, piece in enumerate(text.split(PLACEHOLDER)):
-            segments += [Picture()] * (index > 0) + [
-                Text(piece, self._template.after_image if index else After.nothing)
-            ]
-        counts = [self.image_transform.count(image.size) for image in images]
-        return torch.tensor(self._to_ids(segments, counts)[0], dtype=torch.int64)
-
-    def _to_ids(self, segments: Sequence[Segment], tile_counts: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Ids and labels; the pictures among the segments are the images, in order."""
-        ids: list[int] = []
-        labels: list[int] = []
-        counts = iter(tile_counts)
-        for segment in segments:
-            match segment:
-                case Text(text, after, supervised):
-                    new = self.encoder.encode(text, after)
-                case Special(index, supervised):
-                    new = [index]
-                case Picture():
-                    new, supervised = [self.image_token_id] * self._placeholders([next(counts)]), False
-            ids += new
-            labels += new if supervised else [IGNORE_INDEX] * len(new)
-        return ids, labels
-
-    def _kept_length(self, ids: list[int], labels: list[int], max_length: int | None, overlength: str) -> int:
-        """Positions that stay; all of them where a cut is not allowed or would take image tokens or every target."""
-        if overlength not in _OVERLENGTH:
-            raise UserError(
-                "no such rule for over-length samples", found=overlength, expected=", ".join(_OVERLENGTH),
-                remedy="set data.overlength",
-            )  # fmt: skip
-        if max_length is None or len(ids) <= max_length or overlength != "truncate_answer":
-            return len(ids)
-        cuts_image = self.image_token_id in ids[max_length:]
-        has_target = any(label != IGNORE_INDEX for label in labels[:max_length])
-        return len(ids) if cuts_image or not has_target else max_length
 
 
 def _deal(images: Any, counts: list[int]) -> list[list[Image.Image]]:

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from anchorformer.modeling import AnchorFormerForConditionalGeneration
-from anchorformer.processing import AnchorFormerProcessor, Turns
+from anchorformer.processing import AnchorFormerProcessor
+from anchorformer.writer import Turns
 
 
 class Seen:

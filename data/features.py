@@ -29,8 +29,8 @@ from torch import Tensor
 from anchorformer.configuration import AnchorFormerConfig
 from anchorformer.contracts import VisionFeatures
 from anchorformer.errors import UserError
+from anchorformer.model_folder import read_index, read_manifest
 from anchorformer.modeling import parse_parts
-from anchorformer.weights import read_index, read_manifest
 
 log = logging.getLogger(__name__)
 

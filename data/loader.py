@@ -53,6 +53,15 @@ class RunLike(Protocol):
     def seed(self) -> int: ...
 
 
+def num_steps(stage: StageLike, num_samples: int) -> int:
+    """Optimizer steps of a whole run.
+
+    Args:
+        num_samples: of an epoch.
+    """
+    return stage.max_steps or math.ceil((stage.epochs or 0) * num_samples / stage.global_batch)
+
+
 class Loader:
     """Iterates over the remaining steps of a run; each item is all micro-batches of one optimizer step of this rank.
 
@@ -100,7 +109,7 @@ class Loader:
         self._state = SamplerState(config.seed) if state is None else self._sampler.restore(state, config.seed)
         self._micro_batch = config.hardware.micro_batch
         self.steps_per_epoch = math.ceil(len(self.mixture) / stage.global_batch)
-        self.total_steps = stage.max_steps or math.ceil((stage.epochs or 0) * len(self.mixture) / stage.global_batch)
+        self.total_steps = num_steps(stage, len(self.mixture))
         self._numbers: tuple[int, ...] = ()
         self._most_skipped = config.data.max_dropped_share * self.total_steps * stage.global_batch / world_size
         self._skipped_before = skipped / world_size

@@ -5,35 +5,36 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 import anchorformer.auto  # noqa: F401  (makes the processor known to AutoProcessor)
 from anchorformer import hub
-from anchorformer.contracts import VisionFeatures
 from anchorformer.errors import UserError
+from anchorformer.model_folder import MANIFEST, sha256
 from anchorformer.modeling import AnchorFormerForConditionalGeneration
 from anchorformer.processing import AnchorFormerProcessor
 from anchorformer.schema import to_plain
-from anchorformer.weights import MANIFEST, check_folder, load_model, sha256
+from anchorformer.weights import check_folder, load_model
 from data.collate import collate
 from data.config import OnBad
 from data.features import FeatureCache
 from data.fill import fill, images_digest
 from data.images import load as load_image
+from data.record import ImageRef
 from evals.config import Device, EvalConfig, Precision
 from evals.questions import Question
 
 
 class ModelRespondent:
-    """Answers questions with a model and its processor.
+    """Answers questions with a model and its processor; an image that a batch asks about often is encoded once.
 
     Args:
         batch_size: questions answered together; rows are padded on the left, so answers do not depend on it.
@@ -66,13 +67,15 @@ class ModelRespondent:
         tokenizer = self._processor.tokenizer
         texts: list[str] = []
         for chunk in self._chunks(questions, "answering"):
-            images = [[load_image(ref) for ref in item.images] for item in chunk]
-            inputs = self._processor(images, conversations=[item.turns for item in chunk])
-            features = self._read(inputs.get("pixel_values"))
+            images = _opened(chunk)
+            inputs = self._processor(
+                [[images[ref] for ref in item.images] for item in chunk], conversations=[item.turns for item in chunk]
+            )
+            tiles_B3HW, counts = inputs.pop("pixel_values", None), inputs.pop("tile_counts", None)
             inputs = inputs.to(self._model.device)
             ids_BL = self._model.generate(
                 **inputs,
-                vision_features=features and features.map(lambda tensor: tensor.to(self._model.device)),
+                image_embeds=self._embeds(chunk, tiles_B3HW, counts),
                 do_sample=False,
                 max_new_tokens=max_new_tokens,
                 eos_token_id=self._processor.stop_token_ids,
@@ -87,24 +90,24 @@ class ModelRespondent:
         """Summed negative log likelihood (nats) of each question's first reference, and its number of tokens."""
         losses: list[tuple[float, int]] = []
         for chunk in self._chunks(questions, "reading"):
+            images = _opened(chunk)
             examples = [
                 self._processor.encode(
                     [*item.turns, ("assistant", item.references[0])],
-                    [load_image(ref) for ref in item.images],
+                    [images[ref] for ref in item.images],
                     sample_id=item.id,
                 )
                 for item in chunk
             ]
             batch = collate(examples)
-            batch = replace(batch, features=self._read(batch.tiles_B3HW)).to(self._model.device)
+            embeds_XTD = self._embeds(chunk, batch.tiles_B3HW, batch.tile_counts)
+            batch = batch.to(self._model.device)
             logits_QD = self._model(
                 input_ids=batch.input_ids_S[None],
                 position_ids=batch.position_ids_S[None],
                 cu_seqlens=batch.cu_seqlens,
                 max_seqlen=batch.max_seqlen,
-                pixel_values=batch.tiles_B3HW,
-                tile_counts=batch.tile_counts,
-                vision_features=batch.features,
+                image_embeds=embeds_XTD,
                 logits_to_keep=batch.predict_index_Q,
             ).logits[0]
             nll_Q = cross_entropy(logits_QD.float(), batch.targets_Q, reduction="none").double()
@@ -113,9 +116,27 @@ class ModelRespondent:
             losses += zip(sums.tolist(), sample_Q.bincount(minlength=len(chunk)).tolist(), strict=True)
         return losses
 
-    def _read(self, tiles_B3HW: Tensor | None) -> VisionFeatures | None:
-        """What the cache says of these tiles, where there is one."""
-        return None if self._features is None or tiles_B3HW is None else self._features.read(tiles_B3HW)
+    def _embeds(
+        self, questions: Sequence[Question], tiles_B3HW: Tensor | None, tile_counts: Sequence[int] | None
+    ) -> Tensor | None:
+        """Visual embeddings (X, T, D) of the questions' images, in their order; None where there are none.
+
+        Args:
+            tiles_B3HW: of these images.
+            tile_counts: tiles of each image; one each where they are left out.
+        """
+        refs = [ref for item in questions for ref in item.images]
+        if not refs or tiles_B3HW is None:
+            return None
+        tiles_of = dict(zip(refs, tiles_B3HW.split(list(tile_counts or [1] * len(refs))), strict=True))
+        distinct_B3HW, counts = torch.cat([*tiles_of.values()]), [len(tiles) for tiles in tiles_of.values()]
+        device, features = self._model.device, None
+        if self._features is not None:
+            features = self._features.read(distinct_B3HW).map(lambda tensor: tensor.to(device))
+        embeds_XTD = self._model.encode_images(distinct_B3HW.to(device), counts, features)
+        views = [self._model.tiling.views(count) for count in counts]
+        embeds_of = dict(zip(tiles_of, embeds_XTD.split(views), strict=True))
+        return torch.cat([embeds_of[ref] for ref in refs])
 
     def _chunks(self, questions: Sequence[Question], verb: str) -> Iterator[Sequence[Question]]:
         one = len(questions) <= self._batch_size  # whoever asks batch by batch shows how far that is
@@ -124,6 +145,11 @@ class ModelRespondent:
                 chunk = questions[start : start + self._batch_size]
                 yield chunk
                 progress.update(len(chunk))
+
+
+def _opened(questions: Sequence[Question]) -> dict[ImageRef, Image.Image]:
+    """Every image that is asked about, opened once."""
+    return {ref: load_image(ref) for ref in dict.fromkeys(ref for item in questions for ref in item.images)}
 
 
 def load(folder: Path, config: EvalConfig, questions: Sequence[Question] = ()) -> ModelRespondent:

@@ -27,8 +27,9 @@ from anchorformer.assemble import assemble
 from anchorformer.configuration import AnchorFormerConfig
 from anchorformer.contracts import Batch
 from anchorformer.errors import UserError
+from anchorformer.model_folder import derive_folder, part_state, write_parts
 from anchorformer.modeling import AnchorFormerForConditionalGeneration
-from anchorformer.weights import check_folder, derive_folder, load_model, part_state, write_parts
+from anchorformer.weights import check_folder, load_model
 from tests.train.cases import FINETUNE, batches_for, run_config
 from train.config import Part
 from train.loss import supervised_loss

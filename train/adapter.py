@@ -18,16 +18,8 @@ from transformers import AutoProcessor, ProcessorMixin
 
 from anchorformer.errors import UserError
 from anchorformer.hub import load, read_mapping, read_object
-from anchorformer.weights import (
-    MANIFEST,
-    check_folder,
-    derive_folder,
-    load_model,
-    partial_of,
-    read_index,
-    sha256,
-    write_manifest,
-)
+from anchorformer.model_folder import MANIFEST, derive_folder, partial_of, read_index, sha256, write_manifest
+from anchorformer.weights import check_folder, load_model
 from train.config import LoraConfig, Part
 from train.lora import peft_config
 

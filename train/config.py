@@ -16,6 +16,7 @@ from anchorformer.schema import TARGET, Schema, to_plain
 from anchorformer.template_names import TEMPLATE_NAMES
 from anchorformer.tiling import UNTILED, Tiling
 from data.config import Count, DataConfig, NotNegative, Share
+from train.observe.span import Span
 
 NO_TRACKER = {TARGET: "train.observe.trackers.none.NoTracker"}
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -276,6 +277,8 @@ class RunConfig(Schema):
     health: HealthConfig = field(default_factory=HealthConfig)
     tracker: dict[str, Any] = field(default_factory=lambda: dict(NO_TRACKER))
     """Plug-in of `train.observe.trackers`: where the curves are shown beside the run's own files."""
+    profile: str | None = None
+    """Steps of which every rank writes a trace, `step:10` or `step:10-12`; null writes none."""
     engine: EngineName = EngineName.deepspeed
     seed: NotNegative = 0
     repro: Repro = Repro.fast
@@ -295,6 +298,11 @@ class RunConfig(Schema):
         return self.hardware.ranks * self.hardware.nodes
 
     @property
+    def profiled(self) -> Span | None:
+        """The steps that `profile` names."""
+        return None if self.profile is None else Span.parse(self.profile)
+
+    @property
     def digest(self) -> str:
         """Hash of every value, for comparing nodes and naming checkpoints."""
         return hashlib.sha256(json.dumps(to_plain(self), sort_keys=True).encode()).hexdigest()
@@ -307,7 +315,8 @@ def check(config: RunConfig) -> None:
         UserError: global batch not divisible by the ranks, both or none of epochs and max_steps, finetune
             without `init_from`, unknown template or ZeRO stage, validation without tasks or the other way round,
             compiled parts or a folded connector under ZeRO-3, cached features of a trained tower, an adapter that
-            is not trained, has no layers, or is to be quantized where that is not possible.
+            is not trained, has no layers, or is to be quantized where that is not possible, a profile of no steps or
+            of more than `max_steps`.
     """
     stage, hardware = config.stage, config.hardware
     if stage.global_batch % config.world_size:
@@ -361,6 +370,8 @@ def check(config: RunConfig) -> None:
         )  # fmt: skip
     if stage.lora is not None:
         check_lora(config, stage.lora)
+    if config.profiled is not None and stage.max_steps is not None:
+        config.profiled.check(stage.max_steps)
     if stage.template not in TEMPLATE_NAMES:
         raise UserError(
             "stage.template is unknown",

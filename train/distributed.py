@@ -106,7 +106,7 @@ def start(device: Device, timeout: timedelta = TIMEOUT) -> World:
         torch.cuda.set_device(place)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=timeout)
-    control = dist.new_group(backend="gloo", timeout=timeout)
+    control = dist.new_group(backend="gloo", timeout=timeout, group_desc="control")
     return World(rank=rank, size=size, device=place, control=control)
 
 
@@ -124,6 +124,20 @@ def bound_waits(timeout: timedelta) -> int:
     for group in groups:
         distributed_c10d._set_pg_timeout(timeout, group)
     return len(groups)
+
+
+def process_groups(world_size: int) -> list[dict[str, Any]]:
+    """The process groups that this rank is in, DeepSpeed's among them: backend, members, longest wait in seconds."""
+    found = []
+    for group, (backend, _) in distributed_c10d._world.pg_map.items() if dist.is_initialized() else ():
+        members = dist.get_process_group_ranks(group)
+        kinds = [torch.device(kind) for kind in ("cpu", "cuda") if torch.device(kind) in group._device_types]
+        waits = {group._get_backend(kind).options._timeout.total_seconds() for kind in kinds}
+        found.append({
+            "description": group.group_desc, "backend": backend,
+            "ranks": "all" if len(members) == world_size else members, "timeout_seconds": max(waits, default=None),
+        })  # fmt: skip
+    return found
 
 
 def choose_device(device: Device, local_rank: int) -> torch.device:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from anchorformer.weights import bytes_copied, derive_folder, partial_of, read_index, read_manifest
+from anchorformer.model_folder import bytes_copied, derive_folder, partial_of, read_index, read_manifest
 from train.adapter import merge, write_adapter
 from train.checkpoint.room import check_room
 from train.lora import is_adapter

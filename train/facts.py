@@ -1,4 +1,4 @@
-"""What the ranks tell each other, once per step in one exchange: its samples, who is slow, whether to stop."""
+"""What the ranks tell each other, once per step in one exchange: its samples, who is slow or full, whether to stop."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from anchorformer.contracts import Batch
 from train.distributed import World
+from train.observe.memory import Memory
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class StepFacts:
             waits for the longest. (Batches themselves hold no padding.)
         squares: sum over the samples of their positions squared, which is what attention pays for.
         own_seconds: of each rank, what `train.observe.pace` measures.
+        memory: of each rank, the most that it has held up to the exchange.
         signal: name of the signal that asks the run to stop, whichever rank has received it; empty where none has.
     """
 
@@ -30,6 +32,7 @@ class StepFacts:
     padding_share: float
     squares: int = 0
     own_seconds: tuple[float, ...] = ()
+    memory: tuple[Memory, ...] = ()
     signal: str = ""
 
 
@@ -42,7 +45,8 @@ def gather_facts(world: World, batches: Sequence[Batch], own_seconds: float = 0.
         )
         for batch in batches
     ]  # fmt: skip
-    ranks, seconds, signals = zip(*world.gather((mine, own_seconds, signal)), strict=True)
+    told = world.gather((mine, own_seconds, Memory.of(world.device), signal))
+    ranks, seconds, memory, signals = zip(*told, strict=True)
     every = [micro for rank in ranks for micro in rank]
     tokens = sum(micro[1] for micro in every)
     slots = world.size * sum(max(micro[1] for micro in micros) for micros in zip(*ranks, strict=True))
@@ -55,5 +59,6 @@ def gather_facts(world: World, batches: Sequence[Batch], own_seconds: float = 0.
         padding_share=round(1.0 - tokens / slots, 6) if slots else 0.0,
         squares=sum(micro[5] for micro in every),
         own_seconds=seconds,
+        memory=memory,
         signal=next(filter(None, signals), ""),
     )

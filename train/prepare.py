@@ -175,14 +175,18 @@ def check_samples(config: RunConfig, start: Path) -> None:
     """Measures every sample with the run's own processor, once for all ranks, which find the counts in the cache.
 
     Raises:
-        UserError: a template that does not fit the tokenizer, and what the over-length rule refuses.
+        UserError: a template that does not fit the tokenizer, what the over-length rule refuses, and a profile of steps
+            that the run does not have.
     """
     from transformers import AutoProcessor
 
     import anchorformer.auto  # noqa: F401 (makes the processor known to transformers)
+    from data.loader import num_steps  # imports torch
 
     processor = AutoProcessor.from_pretrained(start, local_files_only=True)
-    Mixture(config.data, processor.with_template(config.stage.template))
+    mixture = Mixture(config.data, processor.with_template(config.stage.template))
+    if config.profiled is not None:
+        config.profiled.check(num_steps(config.stage, len(mixture)))
 
 
 def resolve_model(name: str, output_root: Path) -> Path:
@@ -272,7 +276,7 @@ def _compare_start(folder: RunFolder) -> None:
 
 
 def _manifest_hash(folder: Path) -> str:
-    from anchorformer.weights import MANIFEST, sha256
+    from anchorformer.model_folder import MANIFEST, sha256
 
     manifest = folder / MANIFEST
     return sha256(manifest) if manifest.is_file() else "no manifest"

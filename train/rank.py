@@ -40,7 +40,7 @@ from train.lora import add_adapter
 from train.observe.journal import read_lines
 from train.precision import choose_dtype
 from train.repro import naming_what_is_not_deterministic, set_determinism
-from train.run import environment
+from train.run import communication, environment
 from train.run.folder import RunFolder
 from train.run.identity import check_ranks_agree, identify, seen_first
 from train.run.process import AGENT, end_with_parent
@@ -72,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             box.config = config.digest
             prepare_process(config)
             with Watchdog(config.watchdog, folder, rank, config.world_size, progress, box):
+                communication.keep_nccl_log(folder, rank)
                 timeout = timedelta(seconds=config.watchdog.collective_seconds)
                 world = distributed.start(config.hardware.device, timeout)
                 box.device = world.device
@@ -120,6 +121,8 @@ def run_rank(
     )  # fmt: skip
     if resumed:
         checkpoint.check_data(resumed, loader.data_fingerprint)
+    if config.profiled is not None:  # once more: a resumed run may have another than the one it was prepared with
+        config.profiled.check(loader.total_steps)
 
     progress.enter(Phase.loading)
     with loading(config, world, dtype):
@@ -131,6 +134,7 @@ def run_rank(
     progress.enter(Phase.starting)
     engine = build_engine(model, config, world, loader.total_steps, dtype)
     distributed.bound_waits(timedelta(seconds=config.watchdog.collective_seconds))
+    communication.record(folder, world)
     log.info("stage %s on %d rank(s), %s\n%s", config.stage.name.value, world.size, world.device,
              render(table(engine.model, config.stage)))  # fmt: skip
     if position and resumed:

@@ -68,7 +68,7 @@ def rehearse(config: RunConfig, words: Sequence[str]) -> list[str]:
     losses = ", ".join(f"{line['loss']:.4f}" for line in steps)
     proved.append(
         f"{config.world_size} rank(s) took {STEPS} steps of {config.stage.global_batch} samples, losses {losses}; peak "
-        f"memory of rank 0 {max(line['time']['peak_memory_gib'] for line in steps):.1f} GiB"
+        f"memory of a rank {max(line['time']['peak_memory_gib'] for line in steps):.1f} GiB"
     )
     proved.append(f"rank {config.world_size - 1} was killed (-9), and the run went on from {sealed[-1]}, to the bit")
     proved += [_look(folder), _ask(folder, short)]
@@ -85,6 +85,7 @@ def shortened(config: RunConfig) -> RunConfig:
         log=LogConfig(every=1),
         checkpoint=CheckpointConfig(every=1, keep=STEPS),
         tracker=NO_TRACKER,
+        profile=None,
         resume="auto",
     )
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from anchorformer.errors import UserError
-from anchorformer.weights import part_state
+from anchorformer.model_folder import part_state
 from train.config import Part, StageConfig
 from train.lora import is_adapter
 from train.optim import full_shape

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch.profiler import record_function
 from transformers import ProcessorMixin
 
 from anchorformer.contracts import Batch
@@ -28,6 +29,7 @@ from train.faults.interrupt import Interrupted, StopRequest
 from train.faults.progress import Phase, Progress
 from train.observe.observer import Observer, Taken
 from train.observe.pace import Stopwatch
+from train.observe.trace import Tracer
 from train.preflight import before_first_step
 from train.run.folder import RunFolder, write_atomically
 from train.run.identity import Identity
@@ -129,6 +131,7 @@ class Loop:
         self.frozen = FrozenGuard(run.engine, run.world)
         self._observer = Observer(run)
         self._stopwatch = Stopwatch(run.engine.model, run.world.device)
+        self._tracer = Tracer(run)
         self._batches_of_steps = iter(run.steps)
 
     def advance(self, step: int) -> None:
@@ -138,15 +141,21 @@ class Loop:
             Interrupted: a rank has been asked to stop, and this step is not taken.
             TrainingHalted: the step's numbers cannot be trained on.
         """
+        with self._tracer.step(step):
+            self._take(step)
+
+    def _take(self, step: int) -> None:
         run = self._run
         config, engine, world, progress = run.config, run.engine, run.world, run.progress
         started = time.perf_counter()
         progress.enter(Phase.data, step)
-        batches = next(self._batches_of_steps)
+        with record_function("data"):
+            batches = next(self._batches_of_steps)
         data_wait = time.perf_counter() - started
 
         progress.enter(Phase.exchange, samples=tuple(name for batch in batches for name in batch.sample_ids))
-        facts = gather_facts(world, batches, data_wait + self._stopwatch.take(), run.stop.signal)
+        with record_function("exchange"):
+            facts = gather_facts(world, batches, data_wait + self._stopwatch.take(), run.stop.signal)
         if facts.signal:
             raise Interrupted(step - 1, facts.signal)
 
@@ -157,7 +166,8 @@ class Loop:
         check_numbers(step, loss, norms, facts)
 
         progress.enter(Phase.update)
-        engine.step()
+        with record_function("step"):
+            engine.step()
         self.frozen.observe(facts)
         self._observer.observe(Taken(step, loss, lrs, norms, facts, time.perf_counter() - started, data_wait))
 

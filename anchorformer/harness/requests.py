@@ -10,7 +10,7 @@ from PIL import Image
 
 from anchorformer.dialogue import PLACEHOLDER
 from anchorformer.errors import UserError
-from anchorformer.processing import Turns
+from anchorformer.writer import Turns
 
 MAX_NEW_TOKENS = 1024
 """Of an answer whose task names no limit, as lmms-eval's own models have it."""

@@ -84,7 +84,7 @@ def _series(stage: Stage) -> dict[str, Curve]:
         NORM: _column(stage.steps, lambda row: row.get("grad_norm"), by_largest=True),
         "learning rate (largest)": _column(stage.steps, lambda row: max(row.get("lr", {}).values(), default=None)),
         "tokens per second": _column(stage.steps, lambda row: row["time"].get("tokens_per_second")),
-        "peak memory (GiB, rank 0)": _column(stage.steps, lambda row: row["time"].get("peak_memory_gib")),
+        "peak memory (GiB, fullest rank)": _column(stage.steps, lambda row: row["time"].get("peak_memory_gib")),
     }
     for kind, rows in (("validation", stage.validation), ("anchors", stage.health)):
         for key, (xs, ys) in _numbers(rows).items():

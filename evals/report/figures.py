@@ -16,7 +16,7 @@ COSTS = {
     "visual tokens": "visual tokens per image",
     "ms/question": "ms per question in evaluation",
     "ms/sample": "ms per sample in training",
-    "peak GiB": "peak memory in training (GiB, rank 0)",
+    "peak GiB": "peak memory in training (GiB, fullest rank)",
 }
 """What a score is weighed against: name in tables -> on an axis. All are better when lower."""
 
@@ -50,7 +50,7 @@ def ms_per_sample(stage: Stage) -> float | None:
 
 
 def peak_memory(stage: Stage) -> float | None:
-    """GiB that rank 0 has held at most."""
+    """GiB that the fullest rank has held."""
     held = [row["time"]["peak_memory_gib"] for row in stage.steps if "peak_memory_gib" in row["time"]]
     return max(held, default=None)
 

@@ -14,9 +14,10 @@ from PIL import Image
 
 from anchorformer.errors import UserError
 from anchorformer.modeling import AnchorFormerForConditionalGeneration
-from anchorformer.processing import AnchorFormerProcessor, Turns
+from anchorformer.processing import AnchorFormerProcessor
 from anchorformer.seen import Seen
 from anchorformer.weights import load_model
+from anchorformer.writer import Turns
 from tests.conftest import Assemble
 
 CONF = Path(__file__).resolve().parents[2] / "conf"

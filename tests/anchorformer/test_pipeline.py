@@ -16,8 +16,9 @@ from transformers import GenerationConfig, pipeline
 import anchorformer.auto  # noqa: F401  (makes the model known to transformers)
 from anchorformer.errors import UserError
 from anchorformer.images import ImageTransform
+from anchorformer.model_folder import derive_folder
 from anchorformer.processing import AnchorFormerProcessor
-from anchorformer.weights import check_folder, derive_folder
+from anchorformer.weights import check_folder
 from tests.conftest import Assemble
 
 Make = Callable[..., Any]

@@ -13,15 +13,8 @@ from transformers import AutoModelForImageTextToText
 
 import anchorformer.auto  # noqa: F401
 from anchorformer.errors import UserError
-from anchorformer.weights import (
-    MANIFEST,
-    check_folder,
-    derive_folder,
-    load_model,
-    part_state,
-    read_manifest,
-    write_manifest,
-)
+from anchorformer.model_folder import MANIFEST, derive_folder, part_state, read_manifest, write_manifest
+from anchorformer.weights import check_folder, load_model
 
 
 @pytest.fixture

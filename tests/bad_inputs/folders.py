@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from anchorformer.assemble import assemble, read_recipe
 from anchorformer.hub import load
+from anchorformer.model_folder import write_manifest
 from anchorformer.processing import AnchorFormerProcessor
-from anchorformer.weights import check_folder, load_model, write_manifest
+from anchorformer.weights import check_folder, load_model
 from data.folders import model_folder
 from tests.bad_inputs.case import Case, World, change_json
 from tests.conftest import ANCHOR, CONNECTOR

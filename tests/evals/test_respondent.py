@@ -64,6 +64,36 @@ def test_answers_do_not_depend_on_the_batch(respondent: ModelRespondent, questio
     assert not any("<image>" in text or "</s>" in text or text != text.strip() for text in together)
 
 
+def test_an_image_is_encoded_once_in_a_batch(respondent: ModelRespondent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten questions about three images and two about none; what is answered is what is answered one by one."""
+    refs = [ImageRef(data=png(seed, (28 + 7 * seed, 28))) for seed in range(3)]
+    shown = [(0,), (1,), (0,), (), (1, 0), (2,), (0,), (1, 1), (), (2,), (0, 2), (1,)]
+    asked = [
+        Question(f"q{number}", (("user", "<image>\n" * len(images) + WORDS[number % len(WORDS)]),),
+                 tuple(refs[image] for image in images), (WORDS[(number + 1) % len(WORDS)],), {})
+        for number, images in enumerate(shown)
+    ]  # fmt: skip
+    one_by_one = in_batches_of(respondent, 1)
+    answers, losses = one_by_one.answers(asked, 6), one_by_one.answer_losses(asked)
+    seen: list[int] = []
+    forward = VisionTower.forward
+
+    def counted(tower: VisionTower, pixels: torch.Tensor, *rest: object) -> object:
+        seen.append(len(pixels))
+        return forward(tower, pixels, *rest)
+
+    monkeypatch.setattr(VisionTower, "forward", counted)
+    together = in_batches_of(respondent, len(asked))
+    assert together.answers(asked, 6) == answers
+    assert seen == [3]
+    for (ours, count), (theirs, same) in zip(together.answer_losses(asked), losses, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+        assert count == same
+    assert seen == [3, 3]
+    assert in_batches_of(respondent, 4).answers(asked, 6) == answers
+    assert seen == [3, 3, 2, 3, 2 + 1], "batch by batch"
+
+
 def test_the_image_reaches_the_loss(respondent: ModelRespondent, questions: list[Question]) -> None:
     seen = [item for item in questions if len(item.images) == 1]
     swapped = [Question(item.id, item.turns, (ImageRef(data=png(999)),), item.references, item.meta) for item in seen]

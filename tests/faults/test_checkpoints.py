@@ -19,9 +19,9 @@ import yaml
 from safetensors import SafetensorError
 
 import train.__main__ as entry
-from anchorformer import weights
+from anchorformer import model_folder
 from anchorformer.errors import UserError
-from anchorformer.weights import write_manifest
+from anchorformer.model_folder import write_manifest
 from tests.train.cases import ALIGN, FINETUNE
 from tests.train.conftest import pair  # noqa: F401 (a fixture)
 from tests.train.ranks import Ranks, RanksFailed
@@ -125,14 +125,14 @@ def full_at_export(world: World, folder: str) -> str:
     def refused(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    write_index = weights._write_index
-    weights._write_index = refused
+    write_index = model_folder._write_index
+    model_folder._write_index = refused
     try:
         run_until(world, folder)
     except UserError as error:
         return str(error)
     finally:
-        weights._write_index = write_index
+        model_folder._write_index = write_index
     return "nothing"
 
 

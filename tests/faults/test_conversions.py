@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from anchorformer.weights import sha256
+from anchorformer.model_folder import sha256
 from tests.faults.killed_conversion import CHILD, PLACES
 from tests.faults.planted import run_whole
 from tests.train.cases import FINETUNE

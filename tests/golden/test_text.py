@@ -130,7 +130,7 @@ def test_records(
 
 def compare(processor: AnchorFormerProcessor, record: Record, case: dict[str, Any], limit: int) -> None:
     num_images = num_placeholders(record)
-    ids, labels = processor._write(turns_of(record), [1] * num_images, record["id"])
+    ids, labels = processor._writer.labelled(turns_of(record), [1] * num_images, record["id"])
     measured = processor.measure(turns_of(record), num_images)
     assert measured == (len(ids), sum(label != IGNORE_INDEX for label in labels))
     slots = [IMAGE_SLOT if token == processor.image_token_id else token for token in ids]

@@ -12,8 +12,8 @@ import pytest
 import yaml
 from PIL import Image
 
+from anchorformer.model_folder import MANIFEST, sha256
 from anchorformer.schema import to_plain
-from anchorformer.weights import MANIFEST, sha256
 from tests.train.cases import run_config
 from tests.train.ranks import Ranks
 from train.run.folder import RunFolder

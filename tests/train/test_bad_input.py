@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import train.__main__ as entry
 from anchorformer.errors import UserError
-from anchorformer.weights import write_manifest
+from anchorformer.model_folder import write_manifest
 from tests.train.tiny_world import write_world
 from train.compose import ROOT
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from anchorformer.weights import read_shapes
+from anchorformer.model_folder import read_shapes
 from tests.train.cases import ALIGN, FINETUNE, batches_for, load_frozen, run_config
 from tests.train.ranks import Ranks
 from train.distributed import World

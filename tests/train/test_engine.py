@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from anchorformer.errors import UserError
-from anchorformer.weights import read_shapes
+from anchorformer.model_folder import read_shapes
 from tests.train.cases import ALIGN, FINETUNE, batches_for, load_frozen, run_config
 from tests.train.ranks import NO_EXTENSIONS, Ranks
 from train.config import Part

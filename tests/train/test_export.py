@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from anchorformer import weights
+from anchorformer import model_folder
 from anchorformer.errors import UserError
-from anchorformer.weights import MANIFEST, bytes_copied, derive_folder, part_state, partial_of, read_manifest
+from anchorformer.model_folder import MANIFEST, bytes_copied, derive_folder, part_state, partial_of, read_manifest
+from anchorformer.weights import check_folder, load_model
 from tests.train.cases import ALIGN
 from tests.train.conftest import MakeRun
 from tests.train.test_resume import run_until
@@ -27,7 +28,7 @@ def refuse(*_: Any, **__: Any) -> None:
 def test_a_disk_that_fills_up_while_the_model_is_written(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run("full", ALIGN, stage__max_steps=2, resume="auto")
     with monkeypatch.context() as patch:
-        patch.setattr(weights, "_write_index", refuse)
+        patch.setattr(model_folder, "_write_index", refuse)
         with pytest.raises(UserError, match=r"model cannot be written") as caught:
             run_until(alone(), str(run.path))
     assert "No space left on device" in caught.value.found
@@ -36,7 +37,7 @@ def test_a_disk_that_fills_up_while_the_model_is_written(make_run: MakeRun, monk
     assert not partial_of(run.model).exists(), "half a model is not left on the full disk"
     run_until(alone(), str(run.path))
     assert run.done.exists()
-    weights.check_folder(run.model, every_hash=True)
+    check_folder(run.model, every_hash=True)
 
 
 def test_what_cannot_be_linked_needs_room(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,7 +46,7 @@ def test_what_cannot_be_linked_needs_room(tiny_folder: Path, tmp_path: Path, mon
     sizes = {name: entry["bytes"] for name, entry in read_manifest(tiny_folder).items()}
     others = sum(size for name, size in sizes.items() if name.startswith(("vision_tower", "language_model")))
     assert bytes_copied(tiny_folder, {"connector"}, tmp_path) == others
-    assert bytes_copied(tiny_folder, set(weights.PARTS), tmp_path) == 0
+    assert bytes_copied(tiny_folder, set(model_folder.PARTS), tmp_path) == 0
     assert not list(tmp_path.iterdir())
 
 
@@ -61,7 +62,7 @@ def test_every_file_is_on_the_disk_before_it_has_its_name(
         sync(handle)
 
     monkeypatch.setattr(os, "fsync", note)
-    model = weights.load_model(tiny_folder, torch.float32)
+    model = load_model(tiny_folder, torch.float32)
     derive_folder(tiny_folder, {"connector": part_state(model, "connector")}, out)
     files = {path.name for path in out.iterdir()}
     assert MANIFEST in files

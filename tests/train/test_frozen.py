@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from anchorformer.errors import UserError
-from anchorformer.weights import read_index, sha256
+from anchorformer.model_folder import read_index, sha256
 from tests.train.cases import ALIGN, EVERYTHING, FINETUNE, load_frozen, run_config
 from tests.train.ranks import Ranks
 from train import rank

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from anchorformer.errors import UserError
-from anchorformer.weights import check_folder, load_model, read_index
+from anchorformer.model_folder import read_index
+from anchorformer.weights import check_folder, load_model
 from tests.train.cases import FINETUNE, run_config
 from tests.train.conftest import MakeRun, launch_again, write_run
 from tests.train.ranks import Ranks

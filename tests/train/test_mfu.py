@@ -13,13 +13,14 @@ from tests.train.cases import ALIGN, load_frozen, run_config
 from train.config import Part
 from train.distributed import World, alone
 from train.facts import StepFacts
+from train.observe.memory import Memory
 from train.observe.metrics import Console, time_record
 from train.observe.mfu import mfu_of
 from train.plan.flops import Work, model_flops
 
 FACTS = StepFacts(
     sample_ids=("a", "b"), tokens=300, supervised=40, images=2, skipped=0, padding_share=0.0, squares=46_000,
-    own_seconds=(0.1, 0.1),
+    own_seconds=(0.1, 0.1), memory=(Memory(host=1), Memory(host=1)),
 )  # fmt: skip
 CARDS = World(rank=0, size=2, device=torch.device("cuda", 0))
 
@@ -37,7 +38,7 @@ def test_share_of_the_peak_of_all_cards(tiny_folder: Path, monkeypatch: pytest.M
     flops = sum(model_flops(mfu.shapes, {Part.connector}, work).values())
     assert mfu.share(FACTS, 0.25) == pytest.approx(flops / (0.25 * 2 * 312e12))
     record = time_record(0.25, 0.0, FACTS, torch.device("cpu"), mfu)
-    assert record["mfu"] == mfu.share(FACTS, 0.25)
+    assert record["mfu"] == round(mfu.share(FACTS, 0.25), 6)
 
 
 def test_none_where_there_is_nothing_to_compare_with(
@@ -63,7 +64,8 @@ def test_none_where_there_is_nothing_to_compare_with(
 def test_the_console_shows_it(caplog: pytest.LogCaptureFixture) -> None:
     console = Console(total_steps=2, first_step=0)
     console.count(1.0)
-    time = {"seconds": 1.0, "data_wait_seconds": 0.0, "tokens_per_second": 1.0, "samples_per_second": 1.0}
+    time = {"seconds": 1.0, "data_wait_seconds": 0.0, "tokens_per_second": 1.0, "samples_per_second": 1.0,
+            "ranks": {"host_gib": [1.0]}}  # fmt: skip
     record = {"step": 1, "loss": 1.0, "lr": {"connector/decay": 1.0}, "grad_norm": 1.0}
     with caplog.at_level(logging.INFO):
         console.show(record | {"time": time | {"mfu": 0.4321}})

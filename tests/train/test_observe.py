@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from anchorformer.errors import UserError
-from anchorformer.weights import MANIFEST
+from anchorformer.model_folder import MANIFEST
 from evals.questions import Question
 from tests.train.cases import ALIGN, FINETUNE
 from tests.train.ranks import Ranks
@@ -34,7 +34,7 @@ TASKS = {
 }
 SHOWN = {
     "eval__every": 2, "eval__tasks": TASKS, "eval__limit": 7, "eval__batch_size": 2, "health__every": 3,
-    "health__images": 4, "health__max_new_tokens": 4,
+    "health__images": 4, "health__max_new_tokens": 4, "profile": "step:2-3",
 }  # fmt: skip
 
 
@@ -81,7 +81,9 @@ def test_watching_changes_no_number(make_run: MakeRun) -> None:
         run_to(alone(), str(folder.path))
     assert numbers(watched) == numbers(plain)
     assert weights(watched) == weights(plain)
-    assert not any(path.exists() for path in (plain.health, plain.evals, plain.media, plain.tracker))
+    nothing = (plain.health, plain.evals, plain.media, plain.tracker, plain.path / "profile")
+    assert not any(path.exists() for path in nothing)
+    assert watched.trace(2, 3, 0).is_file()
 
     records = lines(watched.evals)
     assert [(line["step"], line.get("dataset"), line.get("task")) for line in records] == [

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from anchorformer.errors import UserError
-from anchorformer.weights import MANIFEST, sha256
+from anchorformer.model_folder import MANIFEST, sha256
 from tests.train.cases import ALIGN
 from tests.train.conftest import MakeRun
 from train.prepare import is_done

@@ -19,10 +19,13 @@ from train.config import CheckpointConfig, Device, LogConfig, Part, Precision
 from train.distributed import World, alone, choose_device
 from train.facts import StepFacts, gather_facts
 from train.observe.journal import Journal, read_lines
-from train.observe.metrics import Console, step_record
+from train.observe.memory import GIB, Memory, unevenness
+from train.observe.metrics import Console, step_record, time_record
 from train.run.folder import RunFolder
 from train.run.identity import numbers_digest
 from train.trainer import seed_step
+
+MINE, OTHER = Memory(host=3 * GIB, device=40 * GIB), Memory(host=2 * GIB, device=60 * GIB)
 
 
 class TwoRanks(World):
@@ -43,20 +46,22 @@ def batch_of(tokens: int, targets: int, images: int, ids: tuple[str, ...], skipp
     )  # fmt: skip
 
 
-def test_facts_are_of_all_ranks() -> None:
+def test_facts_are_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     world = TwoRanks(rank=0, size=2, device=torch.device("cpu"))
-    object.__setattr__(world, "other", ([(("c",), 30, 5, 1, 0, 900), ((), 1, 0, 0, 2, 1)], 0.5, "SIGTERM"))
+    object.__setattr__(world, "other", ([(("c",), 30, 5, 1, 0, 900), ((), 1, 0, 0, 2, 1)], 0.5, OTHER, "SIGTERM"))
+    monkeypatch.setattr(Memory, "of", lambda device: MINE)
     facts = gather_facts(world, [batch_of(10, 4, 1, ("a",)), batch_of(9, 0, 0, ("b",), skipped=1)], 0.25)
     assert facts == StepFacts(
         sample_ids=("a", "b", "c"), tokens=50, supervised=9, images=2, skipped=3,
         padding_share=round(1 - 50 / (2 * (30 + 9)), 6), squares=100 + 81 + 901,
-        own_seconds=(0.25, 0.5), signal="SIGTERM",
+        own_seconds=(0.25, 0.5), memory=(MINE, OTHER), signal="SIGTERM",
     )  # fmt: skip
 
 
 def line_of(step: int) -> dict[str, Any]:
     facts = StepFacts(sample_ids=("a",), tokens=4, supervised=2, images=1, skipped=0, padding_share=0.0)
-    times = {"seconds": 2.0, "data_wait_seconds": 0.5, "tokens_per_second": 2.0, "samples_per_second": 0.5}
+    times = {"seconds": 2.0, "data_wait_seconds": 0.5, "tokens_per_second": 2.0, "samples_per_second": 0.5,
+             "ranks": {"host_gib": [1.0, 1.1]}}  # fmt: skip
     return step_record(step, 1.5, {"connector/decay": 1e-3}, 0.7, {Part.connector: 0.7}, facts, times, is_clipped=False)
 
 
@@ -84,7 +89,50 @@ def test_console_tells_progress_and_remaining_time(caplog: pytest.LogCaptureFixt
         console.show(line_of(10))
     assert "step 10/100  10%" in caplog.text
     assert "left 0:03:00" in caplog.text
+    assert "2 tok/s" in caplog.text, "with a peak that is known and without one"
     assert "data 25%" in caplog.text
+    assert "rank" not in caplog.text, "the ranks are even"
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        record = line_of(12)
+        record["time"]["ranks"] = {"host_gib": [1.0, 9.0], "device_gib": [60.0, 70.0]}
+        console.show(record)
+    assert caplog.messages[0].endswith(
+        "  card of rank 1 70.0 GiB, of the others 60.0  RAM of rank 1 9.0 GiB, of the others 1.0"
+    )
+
+
+@pytest.mark.parametrize(
+    ("gib", "is_uneven"),
+    [([70.0], False), ([70.0, 70.0], False), ([70.0, 64.0], False), ([64.0, 70.5], True), ([0.1, 0.4], False),
+     ([0.1, 0.7], True), ([60.0, 60.0, 80.0, 60.0], True)],
+)  # fmt: skip
+def test_what_counts_as_uneven(gib: list[float], *, is_uneven: bool) -> None:
+    words = unevenness(gib, "card")
+    assert (words is not None) == is_uneven
+    if words is not None:
+        assert f"rank {gib.index(max(gib))} " in words
+
+
+def test_each_rank_is_listed_in_the_steps_that_are_logged() -> None:
+    facts = StepFacts(sample_ids=("a",), tokens=4, supervised=2, images=1, skipped=0, padding_share=0.0,
+                      own_seconds=(0.5, 0.25), memory=(MINE, OTHER))  # fmt: skip
+    time = time_record(1.0, 0.0, facts, torch.device("cpu"))
+    assert time["ranks"] == {"own_seconds": [0.5, 0.25], "device_gib": [40.0, 60.0], "host_gib": [3.0, 2.0]}
+    assert (time["slowest_rank"], time["fullest_rank"], time["peak_memory_gib"]) == (0, 1, 60.0)
+    assert "ranks" not in time_record(1.0, 0.0, facts, torch.device("cpu"), is_logged=False)
+    on_cpu = replace(facts, memory=(replace(MINE, device=None), replace(OTHER, device=None)))
+    assert time_record(1.0, 0.0, on_cpu, torch.device("cpu"))["ranks"].keys() == {"own_seconds", "host_gib"}
+
+
+def test_memory_is_counted_without_waiting_for_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: pytest.fail("waited"))
+    held = Memory.of(torch.device("cuda", 0))
+    assert held.computing == held.device == 7
+    block = torch.ones(64 * 2**20 // 4)
+    alone_on_cpu = Memory.of(torch.device("cpu"))
+    assert alone_on_cpu.computing == alone_on_cpu.host > block.nbytes
 
 
 def test_digest_covers_what_numbers_depend_on() -> None:

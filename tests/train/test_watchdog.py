@@ -22,6 +22,7 @@ from train.faults.guards import TrainingHalted
 from train.faults.interrupt import Interrupted
 from train.faults.progress import Phase, Place, Progress, Report, read_reports, report_path, who_is_behind
 from train.faults.watchdog import EXIT_CODE, Watchdog, budget
+from train.observe.memory import Memory
 from train.observe.pace import Lag, Stopwatch
 from train.run.folder import RunFolder
 
@@ -152,7 +153,7 @@ def test_a_device_that_is_gone_does_not_hide_the_failure(tmp_path: Path, monkeyp
     def broken(*_: object) -> Any:
         raise RuntimeError("device-side assert")
 
-    monkeypatch.setattr("train.faults.black_box.peak_memory", broken)
+    monkeypatch.setattr(Memory, "of", broken)
     leave_box(folder, 0, ZeroDivisionError("the cause"))
     told = json.loads((folder.black_boxes / "rank_0.json").read_text())
     assert (told["message"], told["memory"]) == ("the cause", {"unknown": "device-side assert"})

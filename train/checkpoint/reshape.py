@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from anchorformer.errors import UserError
-from anchorformer.weights import sha256
+from anchorformer.model_folder import sha256
 from train.checkpoint import seal
 from train.checkpoint.retention import TEMPORARY, UNIVERSAL
 from train.checkpoint.room import check_room

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from anchorformer.weights import sha256
+from anchorformer.model_folder import sha256
 from train.distributed import World
 from train.run.folder import write_atomically
 

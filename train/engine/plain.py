@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from anchorformer.contracts import Batch
 from train.config import Part, RunConfig
@@ -40,8 +41,10 @@ class PlainEngine(Engine):
         self.scheduler = build_scheduler(self.optimizer, config.stage, total_steps)
 
     def _backward(self, batch: Batch, step_supervised: int, *, is_last: bool) -> Tensor:
-        loss = supervised_loss(self.model, batch, step_supervised)
-        loss.backward()
+        with record_function("forward"):
+            loss = supervised_loss(self.model, batch, step_supervised)
+        with record_function("backward"):
+            loss.backward()
         for parameter, master in self._pairs.values():
             if master is not parameter and parameter.grad is not None:
                 # Summed in fp32: a bf16 sum loses what a micro-batch adds below a 256th of it.

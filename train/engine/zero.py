@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from anchorformer.contracts import Batch
 from train.config import Part, RunConfig
@@ -55,8 +56,10 @@ class ZeroEngine(Engine):
 
     def _backward(self, batch: Batch, step_supervised: int, *, is_last: bool) -> Tensor:
         self._deepspeed.set_gradient_accumulation_boundary(is_last)
-        loss = supervised_loss(self._deepspeed, batch, step_supervised)
-        self._deepspeed.backward(loss * self.world.size, scale_wrt_gas=False)
+        with record_function("forward"):
+            loss = supervised_loss(self._deepspeed, batch, step_supervised)
+        with record_function("backward"):
+            self._deepspeed.backward(loss * self.world.size, scale_wrt_gas=False)
         return loss.detach()
 
     def _gradients(self) -> Iterator[tuple[Part, Tensor]]:

@@ -18,7 +18,7 @@ from anchorformer.errors import UserError
 from anchorformer.schema import to_plain
 from train.faults.interrupt import Interrupted
 from train.faults.progress import Progress, Report, read_reports
-from train.observe.metrics import peak_memory
+from train.observe.memory import GIB, Memory
 from train.run.environment import mask_values
 from train.run.folder import RunFolder, write_atomically
 
@@ -150,7 +150,7 @@ def _time(box: dict[str, Any]) -> float:
 
 def _memory(device: torch.device) -> dict[str, Any]:
     try:
-        facts: dict[str, Any] = {"peak_gib": round(peak_memory(device) / 2**30, 3)}
+        facts: dict[str, Any] = {"peak_gib": round(Memory.of(device).computing / GIB, 3)}
         if device.type == "cuda":
             facts["summary"] = torch.cuda.memory_summary(device, abbreviated=True).splitlines()
     except RuntimeError as error:

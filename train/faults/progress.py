@@ -31,6 +31,7 @@ class Phase(str, Enum):
     compute = "forward and backward"
     update = "updating"
     show = "validating"
+    trace = "writing its trace"
     save = "saving"
     export = "exporting the model"
 

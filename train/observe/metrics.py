@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-import resource
-import sys
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from train.config import Part
 from train.facts import StepFacts
+from train.observe.memory import GIB, Memory, by_rank, unevenness
 from train.observe.mfu import Mfu
 
 log = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ def step_record(
     grad_norm: float,
     norms: dict[Part, float] | None,
     facts: StepFacts,
-    time: dict[str, float],
+    time: dict[str, Any],
     *,
     is_clipped: bool,
 ) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def step_record(
     Args:
         grad_norm: of the whole gradient, before clipping.
         norms: gradient norm per part in the steps that log it, else None.
-        time: seconds and rates, memory.
+        time: as `time_record` gives it.
         is_clipped: whether the step was taken with a shortened gradient.
     """
     record: dict[str, Any] = {"step": step, "loss": loss, "lr": lrs, "grad_norm": grad_norm, "clipped": is_clipped}
@@ -41,16 +41,28 @@ def step_record(
     return record | {
         "supervised_tokens": facts.supervised, "tokens": facts.tokens, "samples": len(facts.sample_ids),
         "images": facts.images, "skipped": facts.skipped, "padding_share": facts.padding_share,
-        "sample_ids": list(facts.sample_ids), "time": {name: round(value, 6) for name, value in time.items()},
+        "sample_ids": list(facts.sample_ids), "time": time,
     }  # fmt: skip
 
 
 def time_record(
-    seconds: float, data_wait: float, facts: StepFacts, device: torch.device, mfu: Mfu | None = None
-) -> dict[str, float]:
-    """Rates over all ranks, what each took by itself (`observe.pace`), and rank 0's wait for data and peak memory."""
-    own = facts.own_seconds
-    return {
+    seconds: float,
+    data_wait: float,
+    facts: StepFacts,
+    device: torch.device,
+    mfu: Mfu | None = None,
+    *,
+    is_logged: bool = True,
+) -> dict[str, Any]:
+    """Rates over all ranks, the slowest rank (`observe.pace`) and the fullest, and rank 0's wait for data.
+
+    What others have held is known up to the step's exchange, what this rank has, up to now.
+
+    Args:
+        is_logged: whether each rank's own numbers are listed under `ranks`.
+    """
+    own, held = facts.own_seconds, [memory.computing for memory in facts.memory]
+    values = {
         "seconds": seconds,
         "data_wait_seconds": data_wait,
         "tokens_per_second": facts.tokens / seconds,
@@ -58,16 +70,13 @@ def time_record(
         "own_seconds_max": max(own),
         "own_seconds_mean": sum(own) / len(own),
         "slowest_rank": own.index(max(own)),
-        "peak_memory_gib": peak_memory(device) / 2**30,
+        "peak_memory_gib": max(Memory.of(device).computing, *held) / GIB,
+        "fullest_rank": held.index(max(held)),
     } | ({} if mfu is None else {"mfu": mfu.share(facts, seconds)})  # fmt: skip
-
-
-def peak_memory(device: torch.device) -> int:
-    """Most bytes this process has held: on the accelerator, or resident in RAM where there is none."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kib if sys.platform == "darwin" else kib * 1024
+    record: dict[str, Any] = {name: round(value, 6) for name, value in values.items()}
+    if is_logged:
+        record["ranks"] = {"own_seconds": [round(value, 6) for value in own], **by_rank(facts.memory)}
+    return record
 
 
 class Console:
@@ -82,16 +91,28 @@ class Console:
         self._seconds += seconds
 
     def show(self, record: dict[str, Any]) -> None:
+        """
+        Args:
+            record: of a step whose ranks are listed.
+        """
         step, time = record["step"], record["time"]
         remaining = (self._total - step) * self._seconds / (step - self._first)
         lr = max(record["lr"].values())
         log.info(
-            "step %d/%d %3.0f%%  loss %.4f  lr %.2e  |g| %.3g  %.0f tok/s  %.1f samples/s%s  data %.0f%%  left %s",
+            "step %d/%d %3.0f%%  loss %.4f  lr %.2e  |g| %.3g  %.0f tok/s  %.1f samples/s%s  data %.0f%%  left %s%s",
             step, self._total, 100 * step / self._total, record["loss"], lr, record["grad_norm"],
             time["tokens_per_second"], time["samples_per_second"],
             f"  MFU {time['mfu']:.1%}" if "mfu" in time else "",
             100 * time["data_wait_seconds"] / time["seconds"], _clock(remaining),
+            "".join(f"  {words}" for words in _uneven(time["ranks"])),
         )  # fmt: skip
+
+
+def _uneven(ranks: Mapping[str, Sequence[float]]) -> Iterator[str]:
+    for key, kind in (("device_gib", "card"), ("host_gib", "RAM")):
+        words = unevenness(ranks[key], kind) if key in ranks else None
+        if words is not None:
+            yield words
 
 
 def _clock(seconds: float) -> str:

@@ -79,7 +79,9 @@ class Observer:
         if not run.world.is_main:
             return
         is_logged = step % run.config.log.every == 0 or step == run.total_steps
-        times = time_record(taken.seconds, taken.data_wait, taken.facts, run.world.device, self._mfu)
+        times = time_record(
+            taken.seconds, taken.data_wait, taken.facts, run.world.device, self._mfu, is_logged=is_logged
+        )
         norms = taken.norms if is_logged else None
         record = step_record(
             step, taken.loss, taken.lrs, grad_norm, norms, taken.facts, times, is_clipped=is_clipped

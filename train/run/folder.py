@@ -41,6 +41,11 @@ class RunFolder:
         return 1 + len(json.loads(self.environment.read_bytes())["before"]) if self.environment.is_file() else 0
 
     @property
+    def communication(self) -> Path:
+        """What the ranks have talked over at each of their starts, as JSON, like `environment`."""
+        return self.path / "communication.json"
+
+    @property
     def identity(self) -> Path:
         """What the run's numbers depend on, by hash, as JSON; written before the first step."""
         return self.path / "identity.json"
@@ -134,6 +139,14 @@ class RunFolder:
 
     def log(self, rank: int) -> Path:
         return self.path / "logs" / f"rank_{rank}.log"
+
+    def nccl_log(self, rank: int) -> Path:
+        """What NCCL itself has to say, where NCCL_DEBUG asks for it."""
+        return self.path / "logs" / f"nccl_rank_{rank}.log"
+
+    def trace(self, first: int, last: int, rank: int) -> Path:
+        """What a rank did in the steps from `first` to `last`, as Chrome's trace format under gzip."""
+        return self.path / "profile" / f"step-{first:08d}-{last:08d}" / f"rank_{rank}.json.gz"
 
     @property
     def start(self) -> Path:

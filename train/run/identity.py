@@ -23,15 +23,15 @@ ROOMS = ("anchorformer", "data", "evals", "train")
 PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "hydra-core", "tokenizers", "safetensors", "numpy")
 MAY_CHANGE = {
     "run": (), "log": (), "checkpoint": (), "watchdog": (), "repro": (), "resume": (), "output_root": (),
-    "rehearse": (), "zero": (), "eval": (), "health": (), "tracker": (),
+    "rehearse": (), "zero": (), "eval": (), "health": (), "tracker": (), "profile": (),
     "data": ("num_workers", "cache_dir", "feature_cache", "on_bad_image", "max_dropped_share", "token_budget"),
     "model": ("published",),
     "hardware": ("threads", "max_restarts", "ranks", "nodes", "micro_batch", "card", "memory_gb",
                  "activation_checkpointing", "compile", "kernels"),
 }  # fmt: skip
-"""Keys of the config, whole or in part, that a resumed run may have otherwise: names, saving, logging and validating;
-how a step is cut and computed, because the next machine may be another; what happens to bad images, because who meets
-one must be able to go on."""
+"""Keys of the config, whole or in part, that a resumed run may have otherwise: names, saving and showing; how a step is
+cut and computed, because the next machine may be another; what happens to bad images, because who meets one must be
+able to go on."""
 
 CAME_LATER = {"stage": ("lora",)}
 """Keys that older configurations do not have: null, they are left out of hashes, so that a run that was begun before
@@ -126,7 +126,7 @@ def differences(one: Any, other: Any, path: str = "") -> Iterator[tuple[str, Any
 
 def identify(config: RunConfig, start: Path, data: dict[str, str], order: str, trained: str) -> Identity:
     """The identity of a run that is about to start, as this process sees it."""
-    from anchorformer.weights import MANIFEST, sha256  # imports torch, which a command line does not need
+    from anchorformer.model_folder import MANIFEST, sha256  # imports torch, which a command line does not need
 
     return Identity(
         config=numbers_digest(config), start=sha256(start / MANIFEST), data=data, order=order, trained=trained,

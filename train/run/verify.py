@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from anchorformer.errors import UserError
-from anchorformer.weights import MANIFEST, check_folder, sha256
+from anchorformer.model_folder import MANIFEST, sha256
+from anchorformer.weights import check_folder
 from train.checkpoint import retention, seal, state
 from train.checkpoint.resume import check_metrics
 from train.distributed import alone

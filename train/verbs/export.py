@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> int:
     import torch
     from safetensors import SafetensorError
 
-    from anchorformer.weights import partial_of
+    from anchorformer.model_folder import partial_of
     from train.writing import cannot_write
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[values["dtype"]]

@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
     own = replace(
         config, run=f"{config.run}/replay/{replayed.path.name}", resume=str(checkpoint) if checkpoint else "never",
         log=LogConfig(every=1), hardware=replace(config.hardware, max_restarts=0),
-        eval=EvalConfig(), health=HealthConfig(), tracker=NO_TRACKER,
+        eval=EvalConfig(), health=HealthConfig(), tracker=NO_TRACKER, profile=None,
     )  # fmt: skip
     write_atomically(replayed.config, yaml.safe_dump(to_plain(own), sort_keys=False))
     print(f"replaying step {step} of {folder.path} from {checkpoint or 'its start'}, in {replayed.path}")
