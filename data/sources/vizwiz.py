@@ -35,5 +35,8 @@ class VizwizConfig(LocalSourceConfig):
         image = image_path(raw.get("image"))
         answers = votes_of(raw)
         return Record(
-            id=image, images=(ImageRef(path=Path(image)),), turns=asked(text_of(raw, "question") + self.prompt_suffix, answers[0] if answers else None), references=tuple(answers),
-        )  # fmt: skip
+            id=image,
+            images=(ImageRef(path=Path(image)),),
+            turns=asked(text_of(raw, "question") + self.prompt_suffix, answers[0] if answers else None),
+            references=tuple(answers),
+        )
