@@ -38,6 +38,9 @@ CHUNK = 1 << 20
 FINAL = frozenset({400, 401, 403, 404, 405, 410, 451})
 """HTTP states that another try does not change."""
 
+OF_THE_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM})
+"""What an OSError says where this disk has refused; others come from the network."""
+
 PAGES = (b"<!doctype html", b"<html")
 
 AGAIN = "call the command again: it goes on"
@@ -94,7 +97,7 @@ def fetch(origin: Origin, target: Path, work: Path) -> Fetched:
         part.replace(target)
         note.unlink(missing_ok=True)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno not in OF_THE_DISK:
             raise
         raise cannot_write(target, error, AGAIN) from None
     return Fetched(size, sha256)
@@ -119,7 +122,9 @@ def _bring(origin: Origin, part: Path, note: Path) -> None:
             if _attempt(origin, part, note):
                 return
             found = "the connection ended early"
-        except (Broken, http.client.HTTPException, TimeoutError, ConnectionError, urllib.error.URLError) as error:
+        except (Broken, http.client.HTTPException, OSError) as error:
+            if isinstance(error, OSError) and error.errno in OF_THE_DISK:
+                raise
             found = _words(error)
         if part.is_file() and part.stat().st_size > before:
             waits = iter(WAITS)

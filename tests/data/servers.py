@@ -26,6 +26,7 @@ class Server:
         faults: asked before each GET, in this order.
         ranges: whether requests for ranges are understood.
         headers: sent with each file, by its path.
+        cut_headers: sent where a fault cuts the answer short.
     """
 
     url: str
@@ -33,6 +34,7 @@ class Server:
     faults: list[Fault] = field(default_factory=list)
     ranges: bool = True
     headers: dict[str, dict[str, str]] = field(default_factory=dict)
+    cut_headers: dict[str, str] = field(default_factory=dict)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -63,6 +65,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content) - start))
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        for header, value in self.state.cut_headers.items():
+            self.send_header(header, value)
         self.end_headers()
         self.wfile.write(content[start : start + keep])
         self.wfile.flush()
@@ -77,6 +81,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         content = path.read_bytes()
         span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")) if self.state.ranges else None
+        if self.headers.get("If-Range") not in (None, self.state.headers.get(name, {}).get("ETag")):
+            span = None
         start, end = 0, len(content)
         if span:
             start, end = int(span[1]), min(int(span[2] or len(content)) + 1, len(content)) if span[2] else len(content)
