@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import errno
 import hashlib
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 import fsspec
 from tqdm import tqdm
@@ -182,9 +184,10 @@ def _opened(origin: Origin, start: int, version: str | None) -> Iterator[_Answer
         with _from_file_system(origin, start) as answer:
             yield answer
         return
+    url, keys = _addressed(origin.url)
     headers = {"Accept-Encoding": "identity", "User-Agent": "anchorformer"}
-    request = urllib.request.Request(origin.url, headers=headers)  # noqa: S310 (the scheme is checked above)
-    for name, value in origin.headers.items():
+    request = urllib.request.Request(url, headers=headers)  # noqa: S310 (the scheme is checked above)
+    for name, value in {**keys, **origin.headers}.items():
         request.add_unredirected_header(name, value)  # a key is for that host, not for where it sends us
     if start:
         request.add_header("Range", f"bytes={start}-")
@@ -205,6 +208,17 @@ def _opened(origin: Origin, start: int, version: str | None) -> Iterator[_Answer
             ) from None  # fmt: skip
         else:
             raise Broken(f"state {error.code}") from None
+
+
+def _addressed(url: str) -> tuple[str, dict[str, str]]:
+    """The URL as a request takes it, and the header that a user and password in it mean."""
+    parts = urlsplit(url)
+    keys = {}
+    if parts.username is not None:
+        login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+        keys["Authorization"] = f"Basic {base64.b64encode(login.encode()).decode()}"
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit((parts.scheme, host, quote(parts.path, safe="/%"), parts.query, "")), keys
 
 
 def _answer_of(response: Any) -> _Answer:
@@ -245,8 +259,10 @@ def _page(origin: Origin) -> UserError:
 
 def _words(error: Exception) -> str:
     """What happened, without the address: it may be signed."""
-    reason = getattr(error, "reason", error)
-    return f"{type(error).__name__}: {reason}" if not isinstance(error, Broken) else str(error)
+    if isinstance(error, Broken):
+        return str(error)
+    reason = getattr(error, "reason", None) or (error.strerror if isinstance(error, OSError) else None)
+    return f"{type(error).__name__}{f': {reason}' if reason else ''}"
 
 
 def _bar(title: str, total: int | None, done: int) -> Any:

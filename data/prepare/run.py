@@ -44,9 +44,9 @@ def prepare(name: str, config: PrepareConfig, ask: Callable[[str], str] = input)
     print("\n".join(_plan(wanted, todo, config)))
     if config.dry_run:
         return False
-    files = [data.files[file] for part, data in wanted for file in todo[part]]
-    _check_room(files, root)
-    if files and not config.yes and sys.stdin.isatty() and ask("go on? [y/N] ").strip().lower() not in ("y", "yes"):
+    _check_room(_room(wanted, todo, root), root)
+    has_to_ask = any(todo.values()) and not config.yes and sys.stdin.isatty()
+    if has_to_ask and ask("go on? [y/N] ").strip().lower() not in ("y", "yes"):
         print("nothing was done")
         return False
     (root / WORK).mkdir(parents=True, exist_ok=True)
@@ -54,6 +54,8 @@ def prepare(name: str, config: PrepareConfig, ask: Callable[[str], str] = input)
     with locked(root / WORK / "prepare"):
         for part, data in wanted:
             for file in todo[part]:
+                if _is_there(part, file, data.files[file], root):
+                    continue  # another call has brought it while this one waited
                 item = data.files[file]
                 if _is_manual(item, config.mirror) and not (item.unpack and _archive(root, part, item).is_file()):
                     place = _archive(root, part, item) if item.unpack else root / item.to
@@ -89,24 +91,30 @@ def _plan(wanted: list[tuple[str, DatasetConfig]], todo: Mapping[str, list[str]]
             place = shown(item, part, None if _is_manual(item, config.mirror) else config.mirror)
             state = size(item.gb * GB) if file in todo[part] else "is there"
             lines.append(f"  {state:>9}  {place} -> {item.to}")
-    files = [data.files[file] for part, data in wanted for file in todo[part]]
     root = Path(config.root)
-    total = sum(item.gb for item in files) * GB
-    room = f"room needed: {size(_room(files))}, free at {root}: {size(free_bytes(root))}"
+    total = sum(data.files[file].gb for part, data in wanted for file in todo[part]) * GB
+    room = f"room needed: {size(_room(wanted, todo, root))}, free at {root}: {size(free_bytes(root))}"
     return [*lines, f"to fetch: {size(total)}; {room}"]
 
 
-def _room(files: list[FileConfig]) -> float:
-    """Bytes that the files need together; an archive and what was in it are there at the same time."""
-    return sum(item.gb + item.unpacked_gb for item in files) * GB
+def _room(wanted: list[tuple[str, DatasetConfig]], todo: Mapping[str, list[str]], root: Path) -> float:
+    """Bytes that are still to be written; an archive and what was in it are there at the same time."""
+    room = 0.0
+    for part, data in wanted:
+        for file in todo[part]:
+            item = data.files[file]
+            if file not in _notes(root, part):  # what is noted has been fetched whole, and its unpacking has begun
+                parts = root / WORK / part / f"{file_name(item) if item.unpack else Path(item.to).name}.part"
+                there = parts.stat().st_size if parts.is_file() else 0
+                room += max(0.0, item.gb * GB - there) + item.unpacked_gb * GB
+    return room
 
 
-def _check_room(files: list[FileConfig], root: Path) -> None:
-    if free_bytes(root) < _room(files):
+def _check_room(room: float, root: Path) -> None:
+    if free_bytes(root) < room:
         raise UserError(
             f"there is too little room at {root}", found=f"{size(free_bytes(root))} free",
-            expected=f"{size(_room(files))}, archives and their contents",
-            remedy="free disk space, or name another root=",
+            expected=f"{size(room)}, archives and their contents", remedy="free disk space, or name another root=",
         )  # fmt: skip
 
 

@@ -209,6 +209,19 @@ def test_a_key_is_not_sent_to_where_the_hub_sends_us(server: Server, tmp_path: P
     assert seen == [("/x.bin", "Bearer secret"), ("/real.bin", None)]
 
 
+def test_names_with_spaces_and_users(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "published/a b%.bin").write_bytes(NOISE)
+    seen = []
+    server.faults.append(lambda handler, *_: seen.append(handler.headers.get("Authorization")))
+    url = server.url.replace("//", "//me:sec%40ret@") + "/a b%25.bin"
+    fetch(Origin(url, plain(url)), tmp_path / "x", tmp_path / "work")
+    assert (tmp_path / "x").read_bytes() == NOISE
+    assert seen == ["Basic bWU6c2VjQHJldA=="]
+    with pytest.raises(UserError) as caught:
+        fetch(Origin("http://me:secret@127.0.0.1:port/x", "publisher/x"), tmp_path / "y", tmp_path / "work")
+    assert "secret" not in str(caught.value)
+
+
 def test_from_a_folder(tmp_path: Path) -> None:
     (tmp_path / "copy.bin").write_bytes(NOISE)
     fetch(Origin(str(tmp_path / "copy.bin"), "copy"), tmp_path / "x", tmp_path / "work")
@@ -497,6 +510,21 @@ def test_too_little_room_is_said_before_anything_is_fetched(
     with pytest.raises(UserError, match="too little room"):
         prepare("llava_558k", config)
     assert not server.asked
+
+
+def test_room_that_is_taken_already_is_not_asked_for_again(
+    publish: Callable[..., PrepareConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that had room for an archive and its contents goes on when the one of them has come."""
+    config = publish()
+    rooms: list[float] = []
+    monkeypatch.setattr(run, "_check_room", lambda room, root: rooms.append(room))
+    monkeypatch.setattr(run, "unpack", lambda *_: pytest.fail("killed here"))
+    with pytest.raises(pytest.fail.Exception):
+        prepare("llava_558k", config)
+    monkeypatch.setattr(run, "unpack", unpack.unpack)
+    prepare("llava_558k", config)
+    assert rooms == [pytest.approx(1e6), 0.0]
 
 
 def test_files_that_are_there_already(publish: Callable[..., PrepareConfig], server: Server, tmp_path: Path) -> None:
