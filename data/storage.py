@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-WAITS = (0.5, 2.0, 8.0)
+WAITS = (0.5, 2.0, 8.0, 30.0)
 """Seconds before each further try to read something."""
 
 SECONDS = 60
@@ -32,7 +32,13 @@ SECONDS = 60
 CHUNK = 8 << 20
 """Bytes of a file that are asked for at once where all of it is wanted."""
 
-VENDOR_ERRORS = {"aiohttp": "ClientError", "botocore.exceptions": "BotoCoreError", "gcsfs.retry": "HttpError"}
+VENDOR_ERRORS = {
+    "aiohttp": "ClientError",
+    "botocore.exceptions": "BotoCoreError",
+    "gcsfs.retry": "HttpError",
+    "httpx": "HTTPError",
+    "httpx2": "HTTPError",
+}
 """Module -> what a file system that is built on it raises beside OSError."""
 
 FINAL = frozenset({400, 401, 403, 404, 405, 410, 451})

@@ -60,6 +60,10 @@ class Broken(Exception):
     """This try has ended early; the next one may not."""
 
 
+class Stale(Broken):
+    """What is there is of another file than the one that would be gone on with."""
+
+
 @dataclass
 class _Answer:
     """A stream that begins at byte `start` of `total`, of the file in its state `version`."""
@@ -128,6 +132,8 @@ def _bring(origin: Origin, part: Path, note: Path) -> None:
             if isinstance(error, OSError) and error.errno in OF_THE_DISK:
                 raise
             found = _words(error)
+            if isinstance(error, Stale):
+                part.unlink()
         if part.is_file() and part.stat().st_size > before:
             waits = iter(WAITS)
         wait = next(waits, None)
@@ -146,14 +152,14 @@ def _attempt(origin: Origin, part: Path, note: Path) -> bool:
     """Goes on from where `part` ends; returns whether it is complete."""
     start = part.stat().st_size if part.is_file() else 0
     version = json.loads(note.read_text())["version"] if note.is_file() else None
-    if version is None:  # nothing says that the rest would be of the same file
+    is_known = origin.sha256 is not None  # then the whole is compared, and its parts need not be
+    if version is None and not is_known:  # nothing says that the rest would be of the same file
         start = 0
-    with _opened(origin, start, version) as answer:
+    with _opened(origin, start, None if is_known else version) as answer:
         if answer.total is not None and origin.size is not None and answer.total != origin.size:
             raise Broken(f"{answer.total} bytes in place of {origin.size}")
-        if answer.start and (answer.start != start or answer.version != version):
-            part.unlink(missing_ok=True)
-            raise Broken("the file has changed while it was fetched, and begins anew")
+        if answer.start and (answer.start != start or not (is_known or answer.version == version)):
+            raise Stale("the file has changed while it was fetched, and begins anew")
         if answer.is_page:
             raise _page(origin)
         if not answer.start:
@@ -200,6 +206,8 @@ def _opened(origin: Origin, start: int, version: str | None) -> Iterator[_Answer
         total = (error.headers.get("Content-Range") or "").rpartition("/")[2]
         if error.code == 416 and total == str(start):  # nothing behind the end: it was complete
             yield _Answer(io.BytesIO(), start, start, version, is_page=False)
+        elif error.code == 416:
+            raise Stale("the file is shorter than what is there, and begins anew") from None
         elif error.code in FINAL:
             raise UserError(
                 f"{origin.shown} cannot be fetched", found=f"state {error.code} {error.reason}",

@@ -8,9 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from urllib.parse import unquote, urlsplit
 
-from httpx import HTTPError
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
-from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HTTPError,  # of the HTTP library that this version of the hub's client is built on
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import build_hf_headers
 
 from anchorformer.errors import UserError
@@ -24,9 +29,9 @@ class Origin:
     """A file that can be fetched.
 
     Attributes:
-        url: address, which may be signed; never written down.
+        url: address, in which there may be keys; never written down.
         shown: the same for people.
-        headers: sent to that host and to no other.
+        headers: sent to that host, and to no other that it sends us to.
         size, sha256: where the publisher states them, or an earlier call has noted them.
         stated_in: where that note is.
     """
@@ -92,10 +97,10 @@ def origin(config: FileConfig, name: str, mirror: str | None) -> Origin:
     except (HTTPError, OSError) as error:
         remedy = "check the network, HF_ENDPOINT and HF_HUB_OFFLINE; or name a copy with mirror="
         raise _refused(text, type(error).__name__, remedy) from None
-    is_hub = urlsplit(facts.location).netloc == urlsplit(url).netloc
     # Of a large file the hub's ETag is its sha256; of a small one it is another hash.
     known = facts.etag if facts.etag and SHA256.fullmatch(facts.etag) else config.sha256
-    return Origin(facts.location, text, build_hf_headers() if is_hub else {}, facts.size, known)
+    # The hub's own address, not the one it sends us to: that is signed, and expires while a large file is fetched.
+    return Origin(url, text, build_hf_headers(), facts.size, known)
 
 
 def _refused(place: str, found: str, remedy: str) -> UserError:

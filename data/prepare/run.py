@@ -103,7 +103,7 @@ def _room(wanted: list[tuple[str, DatasetConfig]], todo: Mapping[str, list[str]]
     for part, data in wanted:
         for file in todo[part]:
             item = data.files[file]
-            if file not in _notes(root, part):  # what is noted has been fetched whole, and its unpacking has begun
+            if not (item.unpack and file in _notes(root, part)):  # noted: it has come, and its unpacking has begun
                 parts = root / WORK / part / f"{file_name(item) if item.unpack else Path(item.to).name}.part"
                 there = parts.stat().st_size if parts.is_file() else 0
                 room += max(0.0, item.gb * GB - there) + item.unpacked_gb * GB
@@ -119,7 +119,7 @@ def _check_room(room: float, root: Path) -> None:
 
 
 def _is_manual(item: FileConfig, mirror: str | None) -> bool:
-    return item.url is None and item.hub is None and mirror is None
+    return item.url is None and item.hub is None and (mirror is None or item.file is None)
 
 
 def _is_there(part: str, file: str, item: FileConfig, root: Path) -> bool:

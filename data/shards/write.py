@@ -14,7 +14,6 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,30 +21,27 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from anchorformer.errors import UserError
-from anchorformer.images import BAD_FILE
 from anchorformer.schema import parse, parse_plugin, to_plain
-from data.arrow import ROWS_PER_BATCH, locked, written_whole
-from data.config import DataConfig, OnBad
+from data.arrow import locked, written_whole
+from data.config import DataConfig
 from data.disk import cannot_write, free_bytes, size
-from data.images import locate
 from data.mixture import open_sources
-from data.record import ImageRef
 from data.shards.config import ShardConfig
 from data.shards.layout import (
     FORMAT,
     IMAGES,
     MANIFEST,
     PLACE_SCHEMA,
-    RECORD_SCHEMA,
     RECORDS,
     SAFE_NAME,
-    FileFacts,
     Manifest,
     ShardFacts,
     SourceFacts,
     shard_name,
-)  # fmt: skip
+)
+from data.shards.records import Pictures, write_records
 from data.shards.shard import facts_of, length_of, new_shard, places, row_of
+from data.shards.verify import read_manifest
 from data.sources.base import PACKAGE, Source, SourceConfig
 from data.sources.sharded import options_of
 
@@ -56,7 +52,7 @@ log = logging.getLogger(__name__)
 
 JOURNAL = "journal.jsonl"
 
-AHEAD = 64
+AHEAD = 32
 """Images that are read ahead of the one that is written."""
 
 MB = 1_000_000
@@ -96,7 +92,7 @@ def _write(config: ShardConfig, sources: Sequence[tuple[Source, dict[str, Any]]]
     if (out / MANIFEST).is_file():
         log.info("%s is complete", out)
         return read_manifest(out)
-    indexed = [_index(source, config.data, out / source.name) for source, _ in sources]
+    indexed = [_begun(source, config.data, out / source.name) for source, _ in sources]
     there = sum(shard.bytes for pictures in indexed for shard in pictures.shards)
     missing_bytes = sum(pictures.bytes for pictures in indexed) - there
     log.info(
@@ -132,59 +128,6 @@ def _write(config: ShardConfig, sources: Sequence[tuple[Source, dict[str, Any]]]
     return manifest
 
 
-def read_manifest(out: Path) -> Manifest:
-    """The manifest of a finished copy on this disk."""
-    return parse(Manifest, json.loads((out / MANIFEST).read_text()), str(out / MANIFEST), "write the copy again")
-
-
-def verify(out: Path) -> None:
-    """Reads every file of a finished copy and compares it with the manifest.
-
-    Raises:
-        UserError: no manifest, a file that is missing, or one with another content.
-    """
-    if not (out / MANIFEST).is_file():
-        raise UserError(
-            f"{out} holds no finished copy", found=f"no {MANIFEST}", expected="a finished one", remedy=AGAIN
-        )
-    expected: dict[str, FileFacts] = {}
-    for name, facts in read_manifest(out).sources.items():
-        expected |= {f"{name}/{RECORDS}": facts.records, f"{name}/{IMAGES}": facts.images}
-        expected |= {f"{name}/{shard_name(number)}": shard for number, shard in enumerate(facts.shards)}
-    total = sum(facts.bytes for facts in expected.values())
-    with tqdm(desc="comparing", total=total, unit="B", unit_scale=True, delay=2, mininterval=0.5) as progress:
-        for name, written in expected.items():
-            found = facts_of(out / name) if (out / name).is_file() else None
-            if found is None or (found.bytes, found.sha256) != (written.bytes, written.sha256):
-                raise UserError(
-                    f"{out / name} is not what was written",
-                    found="nothing" if found is None else f"{found.bytes} bytes with sha256 {found.sha256}",
-                    expected=f"{written.bytes} bytes with sha256 {written.sha256}", remedy="copy that file again",
-                )  # fmt: skip
-            progress.update(written.bytes)
-
-
-@dataclass
-class _Pictures:
-    """The images of one source.
-
-    Attributes:
-        first: record and place in it where each is first shown.
-        bytes: of all of them.
-        missing: how many are not there.
-        shards: that are finished.
-    """
-
-    first: list[tuple[int, int]] = field(default_factory=list)
-    bytes: int = 0
-    missing: int = 0
-    shards: list[ShardFacts] = field(default_factory=list)
-
-    @property
-    def done(self) -> int:
-        return sum(shard.images for shard in self.shards)
-
-
 def _check_same(out: Path, config: ShardConfig, sources: Sequence[tuple[Source, dict[str, Any]]]) -> None:
     """Refuses to mix two copies: what is in the folder was begun with the same records and sizes, or it is empty."""
     plan = {
@@ -211,83 +154,16 @@ def _check_same(out: Path, config: ShardConfig, sources: Sequence[tuple[Source, 
         draft.write_text(json.dumps(plan, indent=1) + "\n")
 
 
-def _index(source: Source, config: DataConfig, folder: Path) -> _Pictures:
-    """Writes the records, each image numbered by its first appearance, and finds out what is finished of the shards.
-
-    Raises:
-        UserError: under `on_bad_image=error`, an image that is not there.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    pictures, numbers, missing = _Pictures(), dict[str, int](), list[str]()
-    with (
-        written_whole(folder / RECORDS) as draft,
-        pa.OSFile(str(draft), "wb") as sink,
-        pa.ipc.new_file(sink, RECORD_SCHEMA) as writer,
-        tqdm(desc=f"reading {source.name}", total=len(source), unit=" records", delay=2, mininterval=0.5) as progress,
-    ):
-        for start in range(0, len(source), ROWS_PER_BATCH):
-            rows = []
-            for index in range(start, min(start + ROWS_PER_BATCH, len(source))):
-                row, refs = _row(source, index)
-                for place, ref in enumerate(refs):
-                    key = str(ref.path) if ref.path is not None else f"#{index}.{place}"
-                    if key not in numbers:
-                        numbers[key] = len(numbers)
-                        pictures.first.append((index, place))
-                        length = _length(ref)
-                        pictures.bytes += length or 0
-                        missing += [key] if length is None else []
-                    row["images"].append(_name(ref, key, Path(config.root)))
-                    row["stored"].append(numbers[key])
-                rows.append(row)
-            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=RECORD_SCHEMA))
-            progress.update(len(rows))
-    if missing and config.on_bad_image is OnBad.error:
-        raise UserError(
-            f"{len(missing)} image(s) of {source.name} are not there", found=", ".join(missing[:5]),
-            expected="every image",
-            remedy="fetch them; with data.on_bad_image=skip they stay missing in the copy, and training skips them",
-        )  # fmt: skip
-    pictures.missing, pictures.shards = len(missing), _finished(folder)
+def _begun(source: Source, config: DataConfig, folder: Path) -> Pictures:
+    """Writes the records, and finds out what is finished of the shards; drafts that a kill has left are removed."""
+    for draft in folder.glob("*.tmp"):
+        draft.unlink()
+    pictures = write_records(source, config, folder)
+    pictures.shards = _finished(folder)
     return pictures
 
 
-def _row(source: Source, index: int) -> tuple[dict[str, Any], tuple[ImageRef, ...]]:
-    """The record's columns with no image in them yet, and its images; one that is not understood keeps its row."""
-    row: dict[str, Any] = {"id": source.record_id(index), "images": [], "stored": [], "turns": [], "references": [],
-                           "meta": [], "malformed": None}  # fmt: skip
-    try:
-        record = source[index]
-    except UserError as error:
-        return row | {"malformed": {"file": 0, "position": index, "why": error.found}}, ()
-    row["turns"] = [{"role": turn.role.value, "text": turn.text} for turn in record.turns]
-    row["references"] = list(record.references)
-    row["meta"] = [{"key": key, "value": value} for key, value in record.meta]
-    return row, record.images
-
-
-def _name(ref: ImageRef, key: str, root: Path) -> str:
-    """What messages call the image: its path below `data.root`, where it lies there."""
-    for folder in (root, root.resolve()):
-        if ref.path is not None and ref.path.is_relative_to(folder):
-            return str(ref.path.relative_to(folder))
-    return key
-
-
-def _length(ref: ImageRef) -> int | None:
-    """Bytes of the image; None of one that is not there. Other defects are copied: they are the reader's to judge."""
-    place = locate(ref)
-    if isinstance(place, bytes):
-        return len(place)
-    try:
-        return place.stat().st_size
-    except OSError as error:
-        if error.errno not in BAD_FILE:
-            raise
-        return None
-
-
-def _write_images(source: Source, pictures: _Pictures, config: ShardConfig, folder: Path) -> None:
+def _write_images(source: Source, pictures: Pictures, config: ShardConfig, folder: Path) -> None:
     """Writes the shards that are not finished, one after the other; each appears whole and is then noted."""
     threads = config.threads or 4 * len(os.sched_getaffinity(0))
     written = sum(shard.bytes for shard in pictures.shards)
@@ -338,7 +214,7 @@ def _finished(folder: Path) -> list[ShardFacts]:
     return shards
 
 
-def _write_places(folder: Path, pictures: _Pictures) -> None:
+def _write_places(folder: Path, pictures: Pictures) -> None:
     """Writes where every image lies, as the shards themselves say."""
     parts = [places(folder / shard_name(number), number) for number in range(len(pictures.shards))]
     rows = pa.concat_tables([PLACE_SCHEMA.empty_table(), *parts]).combine_chunks()

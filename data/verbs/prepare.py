@@ -52,7 +52,8 @@ def published(name: str, overrides: Sequence[str]) -> int:
 def shard(overrides: Sequence[str]) -> int:
     """Writes a sharded copy, or compares a finished one with its manifest."""
     config = parse(ShardConfig, SHARD_LINE.compose(SHARD_LINE.read(overrides)), SHARD_LINE.command, SHARD_LINE.remedy)
-    from data.shards.write import verify, write  # imports torch
+    from data.shards.verify import verify  # these two import torch
+    from data.shards.write import write
 
     out = Path(config.out)
     if config.verify:

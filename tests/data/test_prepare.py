@@ -132,6 +132,13 @@ def test_a_server_without_ranges_or_versions(server: Server, tmp_path: Path) -> 
     assert _ranges(server) == [None, None]
 
 
+def test_a_known_checksum_needs_no_version(server: Server, tmp_path: Path) -> None:
+    cuts = [4000]
+    server.faults.append(lambda handler, content, start: bool(cuts) and not handler.cut(content, start, cuts.pop()))
+    assert _fetched(server, tmp_path, sha256=hashlib.sha256(NOISE).hexdigest()).read_bytes() == NOISE
+    assert _ranges(server) == [None, "bytes=4000-"]
+
+
 def test_what_was_complete_when_it_was_killed(server: Server, tmp_path: Path) -> None:
     server.headers["x.bin"] = {"ETag": '"one"'}
     (tmp_path / "work").mkdir()
@@ -139,6 +146,14 @@ def test_what_was_complete_when_it_was_killed(server: Server, tmp_path: Path) ->
     (tmp_path / "work/x.bin.part.json").write_text(json.dumps({"version": '"one"'}))
     assert _fetched(server, tmp_path).read_bytes() == NOISE
     assert _ranges(server) == [f"bytes={len(NOISE)}-"]
+
+
+def test_what_is_there_is_longer_than_the_file(server: Server, tmp_path: Path) -> None:
+    server.headers["x.bin"] = {"ETag": '"one"'}
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work/x.bin.part").write_bytes(NOISE + b"more")
+    (tmp_path / "work/x.bin.part.json").write_text(json.dumps({"version": '"one"'}))
+    assert _fetched(server, tmp_path).read_bytes() == NOISE
 
 
 def test_another_checksum_or_size(server: Server, tmp_path: Path) -> None:
@@ -283,6 +298,14 @@ def test_the_hub_refuses(
         origin(HUB, "set", None)
     assert found in caught.value.found
     assert remedy in caught.value.remedy
+
+
+def test_no_hub_in_reach(hub: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    with pytest.raises(UserError, match="cannot be fetched") as caught:
+        origin(HUB, "set", None)
+    assert "HF_ENDPOINT" in caught.value.remedy
 
 
 ARCHIVE = FileConfig(to="in", gb=0, url="u", unpack=True, unpacked_gb=1e-5)

@@ -6,13 +6,17 @@ import errno
 import hashlib
 import json
 import pickle
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from anchorformer.errors import UserError
 from anchorformer.processing import AnchorFormerProcessor
@@ -22,6 +26,7 @@ from data.config import DataConfig, OnBad
 from data.images import locate, size
 from data.loader import Loader
 from data.mixture import Mixture, open_sources
+from data.sampler import Sampler, plan_step
 from data.scan import scan
 from data.scan_config import ScanConfig
 from data.shards import shard as shard_file
@@ -115,21 +120,51 @@ def test_steps_over_http_are_those_of_the_files(
     assert all(ranged), "images alone are moved, never a shard"
 
 
-@pytest.mark.parametrize("weight", [1.0, 0.5])
-def test_order_is_that_of_the_files_at_any_number_of_ranks(
-    copied: tuple[DataConfig, Path], processor: AnchorFormerProcessor, tmp_path: Path, weight: float
-) -> None:
-    """What every rank gets, by name and hash, at 1, 2 and 4 ranks, from the start and from the middle of an epoch."""
+def _at_half_weight(copied: tuple[DataConfig, Path], tmp_path: Path) -> tuple[DataConfig, DataConfig]:
+    """The files and their copy, in a mixture whose epochs hold another half of the records each."""
     config, out = copied
-    config = replace(config, sources={"own": {**config.sources["own"], "weight": weight}})
+    config = replace(config, sources={"own": {**config.sources["own"], "weight": 0.5}})
+    return config, _read(config, out, tmp_path)
+
+
+def test_any_position_goes_on_with_the_same_samples(
+    copied: tuple[DataConfig, Path], processor: AnchorFormerProcessor, tmp_path: Path
+) -> None:
+    """Whatever the seed, the batch and the place in an epoch: every rank of 1, 2 and 4 gets what the files give it."""
+    mixtures = [Mixture(config, processor) for config in _at_half_weight(copied, tmp_path)]
+
+    @settings(deadline=None, max_examples=60, derandomize=True)
+    @given(seed=st.integers(0, 2**40), quarter=st.integers(1, 4), epoch=st.integers(0, 3), consumed=st.integers(0, 5))
+    def same(seed: int, quarter: int, epoch: int, consumed: int) -> None:
+        digests = set()
+        for mixture in mixtures:
+            sampler = Sampler(mixture.epoch, len(mixture), 4 * quarter)
+            state = sampler.restore({"seed": seed, "epoch": epoch, "consumed": consumed}, seed)
+            digest = hashlib.sha256(sampler.digest(seed, 5).encode())
+            for _ in range(3):
+                numbers = sampler.batch(state)
+                for world in (1, 2, 4):
+                    plan = plan_step(mixture.tokens[numbers].tolist(), world, 2)
+                    dealt = [[[mixture.sample_id(int(numbers[place])) for place in micro] for micro in share]
+                             for share in plan]  # fmt: skip
+                    digest.update(repr(dealt).encode())
+                state = sampler.after(state)
+            digests.add(digest.hexdigest())
+        assert len(digests) == 1
+
+    same()
+
+
+def test_order_is_that_of_the_files_at_any_number_of_ranks(
+    copied: tuple[DataConfig, Path], processor: AnchorFormerProcessor, tmp_path: Path
+) -> None:
+    """What every loader yields, by name and hash, at 1, 2 and 4 ranks, from the start and from amid an epoch."""
     stage = _Stage(global_batch=4, epochs=2.5)
-    remote = _read(config, out, tmp_path)
     digests, orders = set(), []
     for world in (1, 2, 4):
         for state in (None, {"seed": 3, "epoch": 0, "consumed": 4}):
-            for data in (config, remote):
-                run = _Run(data, stage)
-                loaders = [Loader(run, processor, rank, world, state=state) for rank in range(world)]
+            for data in _at_half_weight(copied, tmp_path):
+                loaders = [Loader(_Run(data, stage), processor, rank, world, state=state) for rank in range(world)]
                 digests |= {loader.order_digest for loader in loaders}
                 steps = [
                     [[batch.sample_ids for batch in step] for step in parts] for parts in zip(*loaders, strict=True)
@@ -193,10 +228,12 @@ def test_called_again_it_goes_on(
         _shard(config, out, shard_mb=2)
     with (out / "own/journal.jsonl").open("a") as journal:
         journal.write('{"bytes": 3')  # the kill came while a line was written
+    (out / "own/images-00009.arrow.123.tmp").write_bytes(b"half")
     read: list[Any] = []
     monkeypatch.setattr(writing, "row_of", lambda ref: read.append(ref) or shard_file.row_of(ref))
     _shard(config, out, shard_mb=1)
     assert len(read) < 8
+    assert not list(out.rglob("*.tmp")), "what a kill has left is removed"
     files = sorted(path.relative_to(whole) for path in whole.rglob("*.arrow"))
     assert all((out / file).read_bytes() == (whole / file).read_bytes() for file in files)
     assert (out / MANIFEST).read_text() == (whole / MANIFEST).read_text()
@@ -287,6 +324,32 @@ def test_a_server_that_refuses(
     assert len(server.asked) - before == tries
 
 
+def test_a_server_that_says_nothing(
+    served: tuple[DataConfig, Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, server = served
+    ((source, _),) = open_sources(_read(config, server.url, tmp_path))
+    ref = source[0].images[0]
+    over = threading.Event()
+    server.faults.append(lambda *_: over.wait(20))
+    monkeypatch.setattr(storage, "SECONDS", 0.1)
+    with pytest.raises(UserError, match="cannot be read") as caught:
+        locate(ref)
+    assert "no answer within 0.1 s" in caught.value.found
+    over.set()
+
+
+def test_a_scan_reports_no_image_that_it_could_not_fetch(
+    served: tuple[DataConfig, Server], processor: AnchorFormerProcessor, tmp_path: Path
+) -> None:
+    config, server = served
+    remote = _read(config, server.url, tmp_path)
+    assert not scan(ScanConfig(data=remote, processor="p"), processor).bad
+    server.faults.append(_answers(500))
+    with pytest.raises(UserError, match="cannot be read"):
+        scan(ScanConfig(data=remote, processor="p"), processor)
+
+
 def test_a_hiccup_is_passed_over(served: tuple[DataConfig, Server], tmp_path: Path) -> None:
     config, server = served
     ((source, _),) = open_sources(_read(config, server.url, tmp_path))
@@ -375,6 +438,15 @@ def test_no_key_is_written_down(corpus: Any, place: str) -> None:
     with pytest.raises(UserError, match="must not be written down") as caught:
         open_sources(replace(corpus.config(), shards=place))
     assert "secret" not in str(caught.value)
+
+
+def test_any_place_that_fsspec_knows(copied: tuple[DataConfig, Path], tmp_path: Path) -> None:
+    config, out = copied
+    fsspec.filesystem("memory").put(str(out), "/copy", recursive=True)
+    ((native, _),), ((sharded, _),) = open_sources(config), open_sources(_read(config, "memory://copy", tmp_path))
+    (path,) = [locate(ref) for ref in native[1].images]
+    assert isinstance(path, Path)
+    assert [locate(ref) for ref in sharded[1].images] == [path.read_bytes()]
 
 
 def test_an_unknown_kind_of_place(corpus: Any) -> None:
