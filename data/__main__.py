@@ -1,84 +1,64 @@
-"""`python -m data scan`: composes conf/scan.yaml, runs the data doctor and prints what it found."""
+"""`python -m data VERB ...`: finds the verb's file and runs it."""
 
 from __future__ import annotations
 
 import difflib
+import importlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
 
 from anchorformer.errors import UserError, run_guarded
-from anchorformer.schema import parse
-from data.folders import processor_folder
-from data.mixture import open_sources
-from data.overrides import CommandLine, options
-from data.scan_config import ScanConfig
-from data.usage import HELP, defaults, listed
+from data.usage import HELP
 
-VERB = "scan"
-
-COMMAND_LINE = CommandLine(command="python -m data scan", config="scan", schema=ScanConfig)
+VERBS = Path(__file__).parent / "verbs"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the verb that the first argument names.
+    """Runs the verb that the first argument names, or shows how it is written.
 
     Raises:
-        UserError: unknown verb, config that cannot be composed or parsed, and what `scan` raises.
+        UserError: unknown verb, and what the verb raises.
     """
-    if not arguments or not set(HELP).isdisjoint(arguments):
+    asks = not set(HELP).isdisjoint(arguments)
+    words = [word for word in arguments if word not in HELP]
+    if not words:
         print(usage())
         return 0
-    verb, *overrides = arguments
-    if verb != VERB:
+    verb, *rest = words
+    if verb not in verbs():
+        if asks:
+            print(usage())
+            return 0
         print(usage(), file=sys.stderr)
-        near = difflib.get_close_matches(verb, [VERB])
+        near = difflib.get_close_matches(verb, verbs(), n=1)
         raise UserError(
             f"unknown verb '{verb}'",
             found=" ".join(arguments),
-            expected=f"'{VERB}'?" if near else VERB,
-            remedy=f"python -m data {VERB} " + " ".join(overrides if near else arguments),
+            expected=f"'{near[0]}'?" if near else " or ".join(verbs()),
+            remedy=f"python -m data {near[0] if near else 'scan'} " + " ".join(rest if near else words),
         )
-    config = compose_scan(overrides)
-    folder = processor_folder(config)
-    open_sources(config.whole)
-    # Only now: everything above answers within a second, because none of it needs torch.
-    from data.processor import open_processor
-    from data.scan import samples, scan
-
-    processor = open_processor(config, folder)
-    report = scan(config, processor)
-    for text in samples(config, processor):
-        print(text)
-    print(report.table())
-    if report.bad_share > config.max_bad_share:
-        print(f"more than max_bad_share={config.max_bad_share} is unusable", file=sys.stderr)
-        return 1
-    return 0
+    module = _module(verb)
+    if asks:
+        print(module.usage())
+        return 0
+    code: int = module.main(rest)
+    return code
 
 
-def compose_scan(overrides: Sequence[str]) -> ScanConfig:
-    """The checked config from conf/scan.yaml and the command line.
-
-    Raises:
-        UserError: what `CommandLine` raises, or a value of the wrong type.
-    """
-    composed = COMMAND_LINE.compose(COMMAND_LINE.read(overrides))
-    return parse(ScanConfig, composed, COMMAND_LINE.command, COMMAND_LINE.remedy)
+def verbs() -> list[str]:
+    """The files of data/verbs/."""
+    return sorted(path.stem for path in VERBS.glob("[a-z]*.py"))
 
 
 def usage() -> str:
-    """How the command is written, with the configs and keys that there are."""
-    return f"""usage: python -m data scan data=<config> data.root=<folder> processor=<run or model folder> [key=value]
+    """How each verb is written."""
+    return "\n\n\n".join(_module(verb).usage() for verb in verbs())
 
-Reports every defect of data/verdicts.py: images that are missing, unreadable, mislabelled or oversized, records that
-cannot be understood, <image> counts that do not match, samples without targets, over-length samples, duplicates; prints
-samples with their supervised text in colour. Exits with 1 where more than max_bad_share of the records cannot be used
-as they are, with 2 for a mistake in the command.
 
-{listed("configs:", options("data"), ",")}
-{listed("keys:", defaults(ScanConfig))}
-
-processor= may also be a bare tokenizer's folder; then num_image_tokens and template (plain, v1, chat) are needed."""
+def _module(verb: str) -> ModuleType:
+    return importlib.import_module(f"data.verbs.{verb}")
 
 
 if __name__ == "__main__":

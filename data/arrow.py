@@ -95,8 +95,8 @@ class ArrowSource:
     """
 
     def __init__(
-        self, name: str, fingerprint: str, path: Path, files: tuple[Path, ...], image_root: Path,
-        roots: tuple[Path, ...],
+        self, name: str, fingerprint: str, path: Path, files: tuple[Path | str, ...], image_root: Path,
+        roots: tuple[Path, ...] = (),
     ) -> None:  # fmt: skip
         self.name, self.fingerprint = name, fingerprint
         self._path, self._files, self._image_root, self._roots = path, files, image_root, roots
@@ -116,11 +116,14 @@ class ArrowSource:
             raise self._refusal(row["id"], row["malformed"])
         return Record(
             id=row["id"],
-            images=tuple(ImageRef(path=self._image_root / image, roots=self._roots) for image in row["images"]),
+            images=self._images(row),
             turns=tuple(Turn(Role(turn["role"]), turn["text"]) for turn in row["turns"]),
             references=tuple(row["references"]),
             meta=tuple((item["key"], item["value"]) for item in row["meta"]),
         )
+
+    def _images(self, row: Mapping[str, Any]) -> tuple[ImageRef, ...]:
+        return tuple(ImageRef(path=self._image_root / image, roots=self._roots) for image in row["images"])
 
     def check_records(self) -> None:
         columns = [self._open().get_batch(number) for number in range(self._open().num_record_batches)]

@@ -33,6 +33,9 @@ class DataConfig(Schema):
 
     root: str
     """Folder that relative paths of the sources start from."""
+    shards: str | None = None
+    """Sharded copy of these sources (`python -m data prepare shard`) that is read in their place: a folder or an fsspec
+    URL, in which no key may stand; null reads the published files."""
     sources: dict[str, dict[str, Any]]
     """Name -> plug-in of `data.sources`, each with a `weight` (passes over it per epoch)."""
     max_length: Count = 2048

@@ -50,10 +50,15 @@ def examine_image(ref: ImageRef) -> tuple[list[Finding], str | None]:
 
     Returns:
         What is wrong with it, and a hash of its bytes (None where there are none) for finding duplicates.
+
+    Raises:
+        UserError: it lies in a shard that cannot be read.
     """
     try:
         place = locate(ref)
     except UserError as error:
+        if ref.stored is not None:  # what cannot be fetched has not been looked at
+            raise
         return [Finding(Defect.outside, error.found)], None
     try:
         content = read_image(place) if isinstance(place, Path) else place

@@ -13,12 +13,15 @@ from data.record import ImageRef
 
 
 def locate(ref: ImageRef) -> Path | bytes:
-    """Where the image's bytes are.
+    """Where the image's bytes are; those of a stored image are fetched here.
 
     Raises:
-        UserError: symbolic links followed, the file lies outside the folders it may lie in. This is never skipped as a
-            bad image is: a file of annotations must not choose what else on the machine is read.
+        UserError: symbolic links followed, the file lies outside the folders it may lie in, or a stored image cannot be
+            fetched. This is never skipped as a bad image is: a file of annotations must not choose what else on the
+            machine is read, and a network that fails says nothing of an image.
     """
+    if ref.stored is not None:
+        return ref.stored.read()
     if ref.data is not None:
         return ref.data
     if ref.path is None:
@@ -49,6 +52,8 @@ def size(ref: ImageRef) -> tuple[int, int] | None:
     Raises:
         OSError: the file could not be read for a reason that is none of its own.
     """
+    if ref.stored is not None:
+        return ref.stored.size
     try:
         place = locate(ref)
     except UserError:  # training refuses it, whatever the rules, when its turn comes

@@ -125,28 +125,35 @@ class Mixture:
 
 
 def open_sources(config: DataConfig) -> list[tuple[Source, float]]:
-    """Opens every source that has a weight, in the order of their names.
+    """Opens every source that has a weight, in the order of their names; from their sharded copy where there is one.
 
     Raises:
-        UserError: `data.root` is missing, no source has a weight, what a source or its config raises, or
-            (`on_bad_record=error`) a record that cannot be understood.
+        UserError: `data.root` is missing, the copy cannot be read or is of other sources, no source has a weight, what
+            a source or its config raises, or (`on_bad_record=error`) a record that cannot be understood.
     """
     root = Path(config.root)
-    if not root.is_dir():
+    if config.shards is None and not root.is_dir():
         raise UserError(
             "data.root is not a folder",
             found=f"{root} ({'a file' if root.exists() else 'nothing there'})",
             expected="the folder that the sources' paths start from",
             remedy="set data.root=/path/to/your/data",
         )
+    copy = None
+    if config.shards is not None:
+        from data.sources.sharded import ShardedCopy  # only now: file systems take a while to import
+
+        copy = ShardedCopy(config.shards)
     opened: list[tuple[Source, float]] = []
     for name, spec in sorted(config.sources.items()):
         place = f"data.sources.{name}"
         source = parse_plugin(SourceConfig, spec, PACKAGE, place, f"correct {place} on the command line or in its YAML")
         if source.weight > 0:
-            opened.append((source.open(name, root, Path(config.cache_dir)), source.weight))
+            cache_dir = Path(config.cache_dir)
+            records = copy.open(name, source, cache_dir) if copy else source.open(name, root, cache_dir)
+            opened.append((records, source.weight))
             if config.on_bad_record is OnBad.error:
-                opened[-1][0].check_records()
+                records.check_records()
     if not opened:
         raise UserError(
             "there is nothing to train on",

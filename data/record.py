@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import Protocol
 
 
 class Role(str, Enum):
@@ -21,19 +22,38 @@ class Turn:
     text: str
 
 
+class StoredImage(Protocol):
+    """An image inside a larger file, whose bytes are fetched when it is opened."""
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(width, height), known without fetching it; None of one that cannot be read."""
+        ...
+
+    def read(self) -> bytes:
+        """The encoded bytes.
+
+        Raises:
+            UserError: they cannot be fetched, or are not those that were stored.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class ImageRef:
-    """An image that has not been opened: a file, or encoded bytes from a parquet column.
+    """An image that has not been opened: a file, encoded bytes from a parquet column, or a part of a shard.
 
     Attributes:
-        path: the file, as the annotations name it under its image root.
+        path: the file, as the annotations name it under its image root; of a stored image no more than its name.
         data: the encoded bytes, where there is no file.
         roots: the folders that the file, symbolic links followed, has to lie in; `data.images.locate` checks it.
+        stored: where the bytes are fetched, for an image in a shard.
     """
 
     path: Path | None = None
     data: bytes | None = None
     roots: tuple[Path, ...] = ()
+    stored: StoredImage | None = None
 
 
 @dataclass(frozen=True, slots=True)

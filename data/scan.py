@@ -146,7 +146,7 @@ def _images(source: Source, threads: int) -> Iterator[tuple[int, Finding]]:
     """Examines each file once, however many records show it; encoded bytes are examined record by record."""
     users: dict[Path, list[int]] = defaultdict(list)
     embedded: list[tuple[int, int]] = []
-    roots: tuple[Path, ...] = ()
+    refs: dict[Path, ImageRef] = {}
     for index in tqdm(range(len(source)), desc=f"images of {source.name}", unit=" records", delay=2, mininterval=0.5):
         record = _understood(source, index)
         for place, ref in enumerate(() if isinstance(record, UserError) else record.images):
@@ -154,7 +154,7 @@ def _images(source: Source, threads: int) -> Iterator[tuple[int, Finding]]:
                 embedded.append((index, place))
             elif index not in users[ref.path][-1:]:
                 users[ref.path].append(index)
-                roots = ref.roots
+                refs.setdefault(ref.path, ref)
     first_with: dict[str, str] = {}
 
     def findings_of(name: str, found: list[Finding], digest: str | None) -> list[Finding]:
@@ -168,9 +168,7 @@ def _images(source: Source, threads: int) -> Iterator[tuple[int, Finding]]:
         ThreadPoolExecutor(workers) as pool,
         tqdm(total=total, desc=f"decoding images of {source.name}", unit=" images", delay=2, mininterval=0.5) as bar,
     ):
-        files = list(users)
-        refs = (ImageRef(path=path, roots=roots) for path in files)
-        for path, (found, digest) in zip(files, _mapped(pool, examine_image, refs), strict=True):
+        for path, (found, digest) in zip(refs, _mapped(pool, examine_image, refs.values()), strict=True):
             bar.update()
             for finding in findings_of(path.name, found, digest):
                 yield from ((index, finding) for index in users[path])

@@ -9,13 +9,13 @@ from anchorformer.connectors.base import ConnectorConfig
 from anchorformer.schema import parse, parse_plugin
 from anchorformer.selectors.base import PACKAGE as SELECTORS
 from anchorformer.selectors.base import SelectorConfig
-from data.__main__ import COMMAND_LINE as SCAN
 from data.config import DataConfig
 from data.mixture import open_sources
 from data.overrides import CommandLine
 from data.scan_config import ScanConfig
 from data.sources.base import PACKAGE as SOURCES
 from data.sources.base import SourceConfig
+from data.verbs.scan import COMMAND_LINE as SCAN
 from evals.config import EvalConfig
 from tests.bad_inputs.case import Case
 from tests.train.cases import ALIGN, run_config

@@ -19,7 +19,7 @@ from anchorformer.errors import UserError
 from anchorformer.processing import AnchorFormerProcessor
 from anchorformer.schema import parse, parse_plugin
 from anchorformer.template_names import TEMPLATE_NAMES
-from data.__main__ import compose_scan, main
+from data.__main__ import main
 from data.config import DataConfig
 from data.folders import processor_folder
 from data.loader import Loader
@@ -27,6 +27,7 @@ from data.processor import open_processor
 from data.scan import samples, scan
 from data.scan_config import ScanConfig, TemplateName
 from data.sources.base import PACKAGE, SourceConfig
+from data.verbs.scan import compose_scan
 from data.verdicts import Defect
 
 ROOT = Path(__file__).resolve().parents[2]

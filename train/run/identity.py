@@ -24,14 +24,15 @@ PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "hydra-core", "tok
 MAY_CHANGE = {
     "run": (), "log": (), "checkpoint": (), "watchdog": (), "repro": (), "resume": (), "output_root": (),
     "rehearse": (), "zero": (), "eval": (), "health": (), "tracker": (), "profile": (),
-    "data": ("num_workers", "cache_dir", "feature_cache", "on_bad_image", "max_dropped_share", "token_budget"),
+    "data": ("num_workers", "cache_dir", "shards", "feature_cache", "on_bad_image", "max_dropped_share",
+             "token_budget"),
     "model": ("published",),
     "hardware": ("threads", "max_restarts", "ranks", "nodes", "micro_batch", "card", "memory_gb",
                  "activation_checkpointing", "compile", "kernels"),
 }  # fmt: skip
 """Keys of the config, whole or in part, that a resumed run may have otherwise: names, saving and showing; how a step is
-cut and computed, because the next machine may be another; what happens to bad images, because who meets one must be
-able to go on."""
+cut and computed, and whether samples are read from files or from their sharded copy, because the next machine may be
+another; what happens to bad images, because who meets one must be able to go on."""
 
 CAME_LATER = {"stage": ("lora",)}
 """Keys that older configurations do not have: null, they are left out of hashes, so that a run that was begun before

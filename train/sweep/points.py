@@ -23,7 +23,7 @@ from train.sweep.words import key_of, words_for
 
 NOT_HASHED = {
     "run": (), "resume": (), "output_root": (), "log": (), "checkpoint": (), "watchdog": (), "eval": (), "health": (),
-    "tracker": (), "profile": (), "hardware": ("threads",), "data": ("cache_dir", "feature_cache"),
+    "tracker": (), "profile": (), "hardware": ("threads",), "data": ("cache_dir", "feature_cache", "shards"),
 }  # fmt: skip
 """Keys of a config, whole or in part, that name, show or save a run or say where caches lie; with other values of
 these a trial is still the same. Slots decide the threads."""

@@ -1,0 +1,1 @@
+"""Fetching published data sets: a catalogue, resumed downloads, careful unpacking, and proof that the layout opens."""
