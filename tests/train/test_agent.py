@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
-from train.faults import agent
+from train.faults import agent, interrupt
 from train.run.folder import RunFolder
 
 
@@ -46,14 +46,18 @@ def test_only_ranks_that_were_told_to_stop_get_the_time_for_a_step(
 ) -> None:
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
     made = alone(RunFolder(tmp_path), monkeypatch)
+    ignored: list[int] = []
+    monkeypatch.setattr(signal, "signal", lambda number, handler: ignored.append(number))
     made._shutdown(timeout=300)
     assert made._pcontext.timeout == agent.AFTER_FAILURE
+    assert not ignored
     try:
         raise SignalException("told", signal.SIGTERM)
     except SignalException:
         made._shutdown(signal.SIGTERM)
     assert made._pcontext.timeout == 300
     assert made._codes == {0: 75}
+    assert ignored == list(interrupt.heeded()), "a second one must not end the wait for a save"
 
 
 class Left(BaseException):
