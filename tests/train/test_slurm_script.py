@@ -31,7 +31,7 @@ eval "$STEP"
 """
 SCONTROL = """#!/bin/sh
 case $1 in
-    show) [ "$2" = hostnames ] && printf 'node7\\nnode8\\n' || echo "JobId=41 JobState=RUNNING PreemptTime=$PREEMPTED" ;;
+    show) [ "$2" = hostnames ] && printf 'node7\\nnode8\\n' || echo "JobId=41 PreemptTime=$PREEMPTED" ;;
     requeue) echo "requeue $2" >> "$HERE/calls"; kill $PPID ;;
 esac
 """
