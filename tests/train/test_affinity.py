@@ -48,3 +48,13 @@ def test_where_nothing_is_known_or_nothing_is_near_a_rank_keeps_its_cores(
         affinity.bind_near(number, tmp_path)
     assert not bound
     assert "card 1 (0000:11:00.0): none of this rank's 16 cores is near it" in caplog.text
+
+
+@pytest.mark.gpu
+def test_the_cores_near_a_real_card() -> None:
+    before = os.sched_getaffinity(0)
+    try:
+        affinity.bind_near(0)
+        assert os.sched_getaffinity(0) <= before
+    finally:
+        os.sched_setaffinity(0, before)
