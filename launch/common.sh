@@ -38,6 +38,13 @@ say() {
     printf '\n'
 }
 
+# await PID: the exit code of what this shell has started. A signal that is trapped ends a wait, not what is waited for,
+# and bash remembers the code of what has ended meanwhile.
+await() {
+    while kill -0 "$1" 2>/dev/null; do wait "$1" || true; done
+    wait "$1"
+}
+
 # Prints the command, and runs it unless this is a dry run. A signal to this script is a signal to the command: bash by
 # itself would end and leave it behind. (Ctrl-C is handed on as TERM, because what runs in the background ignores it.)
 run() {
@@ -51,12 +58,7 @@ run() {
         trap "kill -$signal \$child" "$signal"
     done
     trap 'kill -TERM $child' INT
-    wait "$child" || code=$?
-    # A trap ends the wait, not the command, which saves and ends by itself.
-    while kill -0 "$child" 2>/dev/null; do
-        code=0
-        wait "$child" || code=$?
-    done
+    await "$child" || code=$?
     trap - TERM HUP USR1 INT
     return "$code"
 }
