@@ -76,8 +76,8 @@ def attempt(
 
 
 def test_a_job_starts_one_task_on_each_node(tmp_path: Path) -> None:
-    code, calls, _ = attempt(tmp_path, step='touch "$HERE/run/DONE"')
-    assert code == 0
+    code, calls, said = attempt(tmp_path, step='mkdir "$HERE/run/state/step-00000009"; touch "$HERE/run/DONE"')
+    assert code == 0, said
     assert calls == [
         "-m train prepare resume=auto stage=align run=wide",
         f"srun --kill-on-bad-exit=0 --wait=0 --cpu-bind=none launch/multinode.sh {tmp_path}/run abc "
