@@ -401,6 +401,25 @@ def test_a_dry_run_for_a100s_elsewhere_is_told_of_them(tmp_path: Path) -> None:
         assert "CARDS=8 MEMORY_GB=80 launch/a100.sh --dry-run" in done.stderr
 
 
+@pytest.mark.slow
+def test_a_dry_run_of_a_sweep_prints_its_first_runs_and_all_points(tmp_path: Path) -> None:
+    words = [
+        "sweep=miniworld_smoke",
+        "model.selector.num_anchors=5",
+        "model.connector.depth=1,2",
+        f"output_root={tmp_path}",
+    ]
+    done = run_script(str(ROOT / "launch" / "sweep.sh"), "--dry-run", *words)
+    assert done.returncode == 0, done.stderr
+    first, line = done.stdout.splitlines()[:2]
+    assert first.startswith("+ ")
+    assert line.startswith(f"run: {words[0].removeprefix('sweep=')}")
+    assert done.stdout.count("-m train.rank") == 2, "its align and its finetune"
+    assert done.stdout.count("# no plan: the shape of") == 2, "the mini world is made when it is first used"
+    assert "2 points, 2 trials, 2 stages 1; 4 of these would run" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
 def test_two_stages_are_wired() -> None:
     words = ["--dry-run", "demo", "experiment=smoke", "finetune:stage.max_steps=9", "output_root=/out"]
     done = run_script(str(ROOT / "launch" / "two_stage.sh"), *words)
