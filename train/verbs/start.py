@@ -11,7 +11,7 @@ from pathlib import Path
 from anchorformer.errors import UserError
 from train.preview import preview
 from train.run.folder import RunFolder
-from train.run.lock import acquire, end_orphans
+from train.run.lock import acquired, end_orphans
 from train.start import Topology, check_devices, check_nodes, command, link, meet, start
 
 DRY_RUN = "--dry-run"
@@ -21,8 +21,8 @@ def main(arguments: list[str]) -> int:
     """Starts, at the place among the nodes that the environment names (launch/multinode.sh).
 
     Raises:
-        UserError: this node reads another config than the node that composed it, is one too many for it, or has fewer
-            devices than ranks.
+        UserError: this node reads another config than the node that composed it, is one too many for it, has fewer
+            devices than ranks, or does not reach the others; another launch holds the run, or its ranks do not end.
     """
     words = [word for word in arguments if word != DRY_RUN]
     if len(words) != 2:
@@ -45,9 +45,9 @@ def main(arguments: list[str]) -> int:
     check_devices(config)
     if topology.node != 0:
         end_orphans(folder)
-    place = meet(folder, config, topology)
-    if topology.node == 0:
-        # The head speaks for all nodes: no rank of the others gets anywhere before it has started.
-        acquire(folder)
+        return start(folder, config, topology, meet(folder, config, topology))
+    # The head speaks for all nodes: no rank of the others gets anywhere before it has started.
+    with acquired(folder):
+        place = meet(folder, config, topology)
         RunFolder(folder).forget_last_end()
-    return start(folder, config, topology, place)
+        return start(folder, config, topology, place)
