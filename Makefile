@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PYTHONPATH := $(CURDIR)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install train train-full sweep ablation dashboard test faults chaos test-slow test-gpu test-compat test-harness lint format clean
+.PHONY: help install train train-full sweep ablation dashboard test faults chaos test-slow test-slurm test-gpu test-compat test-harness lint format clean
 
 help: ## list all targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -74,6 +74,9 @@ chaos: install ## both stages under dozens of kills, compared to the bit (at mos
 test-slow: install ## the complete products and everything longer (at most 25 minutes)
 	@$(PY) -m pytest -m "slow and not gpu"
 
+test-slurm: install ## launch/slurm.sbatch and a sweep on a Slurm cluster of two nodes on this machine (root, Debian's packages)
+	@$(PY) -m pytest -m slurm
+
 test-gpu: install ## what needs a CUDA device
 	@$(PY) -m pytest -m gpu
 
@@ -98,12 +101,12 @@ $(HARNESS)/.installed: $(STAMP)
 	@$(HARNESS)/bin/python -m pip uninstall -qqy torchvision
 	@touch $@
 
-lint: install ## ruff, mypy, import contracts, shell syntax
+lint: install ## ruff, mypy, import contracts, shellcheck
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
 	@report=$$($(VENV)/bin/lint-imports --no-cache) || { echo "$$report"; exit 1; }
-	@for script in launch/*.sh launch/*.sbatch .ci/run; do bash -n $$script; done
+	@$(VENV)/bin/shellcheck --external-sources launch/*.sh launch/*.sbatch .ci/run
 	@echo "lint: ok"
 
 format: install ## let ruff rewrite the layout

@@ -5,7 +5,7 @@
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+on_cards
 short=(experiment=paper_7b stage.epochs=null stage.max_steps=30 checkpoint.every=null log.every=1)
 folders=()
 for zero in zero2 zero3; do

@@ -3,4 +3,5 @@
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
+on_cards
 train hardware=one_gpu "$@"

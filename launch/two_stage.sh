@@ -22,5 +22,6 @@ for argument in "$@"; do
     [[ $argument != output_root=* ]] || output_root=${argument#output_root=}
 done
 
+on_cards
 train stage=align run="$name/align" resume=auto "${align[@]}"
 train stage=finetune run="$name/finetune" init_from="$output_root/$name/align" resume=auto "${finetune[@]}"

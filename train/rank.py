@@ -25,6 +25,7 @@ import anchorformer.auto  # noqa: F401 (makes the model and its processor known 
 from anchorformer.errors import UserError, run_guarded
 from anchorformer.kernels import backend
 from train import checkpoint, distributed
+from train.affinity import bind_near
 from train.compute import set_computation
 from train.config import RunConfig
 from train.distributed import World
@@ -168,10 +169,13 @@ def skipped_until(metrics: Path, step: int) -> int:
 
 
 def prepare_process(config: RunConfig) -> None:
-    """Threads, determinism and kernels of this process, before anything is computed."""
+    """Cores, threads, determinism and kernels of this process, before anything is computed."""
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(config.hardware.threads or max(1, cores // local_ranks))
+    device = distributed.choose_device(config.hardware.device, int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cuda":
+        bind_near(device.index)
     set_determinism(config)
     backend.use(config.hardware.kernels.value)
 

@@ -14,6 +14,8 @@ from anchorformer.errors import UserError
 from train.compose import ROOT
 from train.config import Device, RunConfig
 from train.faults.interrupt import heeded
+from train.network import Link, check_port, find_link, wait_for_head
+from train.run.folder import RunFolder
 from train.run.process import AGENT
 
 HEAD_PORT = 29400
@@ -33,8 +35,9 @@ class Topology:
         node: this node's number; 0 is the head. Said, not guessed: a host name that resolves to 127.0.0.1 defeats
             guessing.
         num_nodes: how many nodes Slurm has started; None where it has not.
-        address: this node's address as the others reach it; None leaves it to torchrun.
-        job: the same word on all nodes and another for each start.
+        address: this node's address as the others reach it, where the user says it; None looks it up.
+        job: the same word on all nodes and another for each start, so that what is left of an earlier one joins no
+            later one; None takes the config's hash and how often the run has been launched.
     """
 
     head: str | None = None
@@ -42,7 +45,7 @@ class Topology:
     node: int = 0
     num_nodes: int | None = None
     address: str | None = None
-    job: str = "anchorformer"
+    job: str | None = None
 
     @classmethod
     def from_environment(cls, variables: Mapping[str, str]) -> Topology:
@@ -57,7 +60,7 @@ class Topology:
             node=_whole(variables, "NODE_RANK") or 0,
             num_nodes=_whole(variables, "SLURM_NNODES"),
             address=variables.get("NODE_ADDR"),
-            job=variables.get("JOB_ID", cls.job),
+            job=variables.get("JOB_ID"),
         )
 
 
@@ -100,26 +103,40 @@ def check_devices(config: RunConfig) -> None:
     )  # fmt: skip
 
 
-def command(folder: Path, config: RunConfig, topology: Topology) -> list[str]:
-    """The agent's command line for this node.
+def link(folder: Path, config: RunConfig, topology: Topology) -> Link | None:
+    """This node's place in the network of the run; None for a run on one machine.
 
     Raises:
-        UserError: a run of several nodes without the address of the head.
+        UserError: a run of several nodes without the address of the head, and what `train.network` raises.
     """
-    hardware = config.hardware
-    if hardware.nodes == 1:
-        where = ["--standalone"]
-    elif topology.head is None:
+    nodes = config.hardware.nodes
+    if nodes == 1:
+        return None
+    if topology.head is None:
         raise UserError(
-            f"this run needs {hardware.nodes} nodes", found="no HEAD_ADDR in the environment",
+            f"this run needs {nodes} nodes", found="no HEAD_ADDR in the environment",
             expected="the address of one node, the same on all", remedy=f"on each node: HEAD_ADDR=<host> NODE_RANK=<i> "
             f"launch/multinode.sh {folder} {config.digest}",
         )  # fmt: skip
+    return find_link(topology.head, topology.port, topology.node, topology.address, os.environ)
+
+
+def command(folder: Path, config: RunConfig, topology: Topology, place: Link | None = None) -> list[str]:
+    """The agent's command line for this node.
+
+    Args:
+        place: see `link`; None for a run on one machine.
+    """
+    hardware = config.hardware
+    if place is None:
+        # Its own name need not resolve, and its ranks need no network.
+        where = ["--standalone", "--local-addr=127.0.0.1"]
     else:
         where = [
-            f"--nnodes={hardware.nodes}", "--rdzv-backend=c10d", f"--rdzv-id={topology.job}",
+            f"--nnodes={hardware.nodes}", "--rdzv-backend=c10d",
+            f"--rdzv-id={topology.job or f'{config.digest[:16]}.{RunFolder(folder).launch}'}",
             f"--rdzv-endpoint={topology.head}:{topology.port}", f"--rdzv-conf=is_host={int(topology.node == 0)}",
-            *([f"--local-addr={topology.address}"] if topology.address else []),
+            f"--local-addr={place.address}",
         ]  # fmt: skip
     # A signal that the agent did not handle would leave its ranks behind as orphans.
     handed_on = (*heeded(), signal.SIGQUIT)
@@ -130,8 +147,12 @@ def command(folder: Path, config: RunConfig, topology: Topology) -> list[str]:
     ]  # fmt: skip
 
 
-def environment(config: RunConfig, inherited: Mapping[str, str]) -> dict[str, str]:
-    """What the ranks find in their environment, beside what this process was given."""
+def environment(config: RunConfig, inherited: Mapping[str, str], place: Link | None = None) -> dict[str, str]:
+    """What the ranks find in their environment, beside what this process was given, which goes before.
+
+    Args:
+        place: see `link`.
+    """
     env = {k: v for k, v in inherited.items() if k not in NOT_INHERITED and not k.startswith("TORCHELASTIC_")}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = config.hardware.threads or max(1, cores // config.hardware.ranks)
@@ -150,16 +171,37 @@ def environment(config: RunConfig, inherited: Mapping[str, str]) -> dict[str, st
         "TOKENIZERS_PARALLELISM": "false",  # forked data workers would warn about every tokenizer
         "WANDB_MODE": "offline",
         "WANDB_ERROR_REPORTING": "false",  # the one thing that goes out in spite of offline
+        **(place.variables if place else {}),
     }
     return {**defaults, **env}
 
 
-def start(folder: Path, config: RunConfig, topology: Topology) -> NoReturn:
-    """Becomes the agent: signals reach it and its exit code is ours, with nothing in between to pass them on."""
-    argv = command(folder, config, topology)
+def meet(folder: Path, config: RunConfig, topology: Topology) -> Link | None:
+    """`link`, and on the head the port is free, and on another node the head listens.
+
+    Raises:
+        UserError: see `link`; a port that is taken, or a head that does not listen.
+    """
+    place = link(folder, config, topology)
+    if place is not None and topology.head is not None:
+        print(f"node {topology.node} of {config.hardware.nodes}: {place.address} on {place.interface}", flush=True)
+        if topology.node == 0:
+            check_port(topology.port)
+        else:
+            wait_for_head(topology.head, topology.port)
+    return place
+
+
+def start(folder: Path, config: RunConfig, topology: Topology, place: Link | None = None) -> NoReturn:
+    """Becomes the agent: signals reach it and its exit code is ours, with nothing in between to pass them on.
+
+    Args:
+        place: see `meet`; None for a run on one machine.
+    """
+    argv = command(folder, config, topology, place)
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execve(argv[0], argv, environment(config, os.environ))  # noqa: S606 (a list, no shell)
+    os.execve(argv[0], argv, environment(config, os.environ, place))  # noqa: S606 (a list, no shell)
 
 
 def _num_cuda_devices() -> int:

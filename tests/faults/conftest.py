@@ -36,7 +36,7 @@ class Launched:
         assert self.process.returncode == code, output
         return output
 
-    def wait_for_step(self, step: int, seconds: float = 120) -> None:
+    def wait_for_step(self, step: int, seconds: float = 240) -> None:
         """Returns when the step's line has been written."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and self.process.poll() is None:

@@ -1,4 +1,4 @@
-"""Two nodes, each with an agent of its own: on one address, and as two network namespaces whose link can be cut."""
+"""Two nodes started by launch/multinode.sh: on one address, and as two network namespaces whose link can be cut."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.faults.conftest import Launched, steps_saved
 from tests.faults.planted import run_whole
-from tests.train.cases import FINETUNE
+from tests.train.cases import ALIGN, FINETUNE
+from tests.train.conftest import launch_again
 from tests.train.ranks import Ranks
 from train.compose import ROOT
 from train.run.folder import RunFolder
@@ -30,14 +33,15 @@ TWO_NODES: dict[str, Any] = {
     "stage__max_steps": 40, "checkpoint__every": 4,
 }  # fmt: skip
 NETWORK = "10.77.0"
+HEAD = "head"
+"""Host name of node 0. On itself it is loopback, as Debian writes it into /etc/hosts."""
+CLOSE = 1e-5
+"""Relative: the sums over two nodes are rounded in another order than those on one."""
 
 
-def start_node(run: RunFolder, node: int, head: str, port: int, address: str, inside: Sequence[str] = ()) -> Launched:
+def start_node(run: RunFolder, node: int, inside: Sequence[str] = (), **variables: str) -> Launched:
     """A node's ranks, started as the user would: launch/multinode.sh RUN_FOLDER CONFIG_HASH."""
-    variables = {
-        "HEAD_ADDR": head, "HEAD_PORT": str(port), "NODE_RANK": str(node), "NODE_ADDR": address,
-        "PYTHON": str(ROOT / ".venv" / "bin" / "python"), "GLOO_SOCKET_IFNAME": f"af{node}" if inside else "lo",
-    }  # fmt: skip
+    variables |= {"NODE_RANK": str(node), "PYTHON": sys.executable}
     process = subprocess.Popen(
         [*inside, ROOT / "launch" / "multinode.sh", run.path, run.read_config().digest],
         env={**os.environ, **variables}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -51,7 +55,8 @@ def on_one_address(ended: Callable[[Launched], Launched]) -> Nodes:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        return [ended(start_node(run, node, "127.0.0.1", port, "127.0.0.1")) for node in (0, 1)]
+        here = {"HEAD_ADDR": "127.0.0.1", "HEAD_PORT": str(port), "NODE_ADDR": "127.0.0.1"}
+        return [ended(start_node(run, node, **here)) for node in (0, 1)]
 
     return start
 
@@ -67,27 +72,29 @@ def namespaces() -> Iterator[list[str]]:
         pytest.skip("two nodes on one machine are network namespaces, which take root and the ip command")
     names = [f"af{os.getpid()}n{node}" for node in (0, 1)]
     try:
-        for name in names:
+        for name, head in zip(names, ("127.0.1.1", f"{NETWORK}.10"), strict=True):
             ip("netns", "add", name)
             ip("-n", name, "link", "set", "lo", "up")
+            (Path("/etc/netns") / name).mkdir(parents=True)  # what is in there, `ip netns exec` puts into /etc
+            (Path("/etc/netns") / name / "hosts").write_text(f"127.0.0.1 localhost\n{head} {HEAD}\n")
         ip("link", "add", "af0", "netns", names[0], "type", "veth", "peer", "name", "af1", "netns", names[1])
         for node, name in enumerate(names):
             ip("-n", name, "addr", "add", f"{NETWORK}.1{node}/24", "dev", f"af{node}")
             ip("-n", name, "link", "set", f"af{node}", "up")
+        yield names
     except subprocess.CalledProcessError as error:
+        pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
+    finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
-        pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
-    yield names
-    for name in names:
-        ip("netns", "del", name)
+            shutil.rmtree(Path("/etc/netns") / name, ignore_errors=True)
 
 
 @pytest.fixture
 def on_two_addresses(namespaces: list[str], ended: Callable[[Launched], Launched]) -> Nodes:
     def start(run: RunFolder) -> list[Launched]:
         return [
-            ended(start_node(run, node, f"{NETWORK}.10", 29400, f"{NETWORK}.1{node}", ["ip", "netns", "exec", name]))
+            ended(start_node(run, node, ["ip", "netns", "exec", name], HEAD_ADDR=HEAD))
             for node, name in enumerate(namespaces)
         ]
 
@@ -98,16 +105,30 @@ def losses(run: RunFolder) -> list[float]:
     return [json.loads(line)["loss"] for line in run.metrics.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("zero", [2, 3])
-def test_two_nodes_train(make_run: MakeRun, on_two_addresses: Nodes, pair: Ranks, zero: int) -> None:
-    changes = {**TWO_NODES, "zero__stage": zero, "stage__max_steps": 6}
-    run = make_run("wide", FINETUNE, **changes)
-    for node in on_two_addresses(run):
-        node.ends_with(0)
-    assert run.done.exists()
-    alone = make_run("alone", FINETUNE, **{**changes, "hardware__nodes": 1, "hardware__ranks": 2, "zero__stage": 0})
+def on_one_node(make_run: MakeRun, pair: Ranks, trains: dict[str, Any], **changes: Any) -> RunFolder:
+    """The same run on two ranks of one node, without a fault."""
+    alone = make_run("alone", trains, **{**changes, "hardware__nodes": 1, "hardware__ranks": 2, "zero__stage": 0})
     pair.run(run_whole, folder=str(alone.path))
-    assert losses(run) == pytest.approx(losses(alone), rel=1e-5)
+    return alone
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_two_nodes_train_both_stages(make_run: MakeRun, on_two_addresses: Nodes, pair: Ranks, zero: int) -> None:
+    changes = {**TWO_NODES, "zero__stage": zero, "stage__max_steps": 5}
+    before: list[RunFolder] = []
+    for name, trains in (("align", ALIGN), ("finetune", FINETUNE)):
+        run = make_run(f"wide {name}", trains, **changes)
+        alone = make_run(f"alone {name}", trains, **{**changes, "hardware__nodes": 1, "hardware__ranks": 2,
+                         "zero__stage": 0})  # fmt: skip
+        for folder, start in zip((run, alone), before, strict=bool(before)):
+            (folder.path / "start.txt").write_text(f"{start.model}\n")
+        for number, node in enumerate(on_two_addresses(run)):
+            output = node.ends_with(0)
+            assert f"node {number} of 2: {NETWORK}.1{number} on af{number}" in output
+        pair.run(run_whole, folder=str(alone.path))
+        assert run.done.exists()
+        assert losses(run) == pytest.approx(losses(alone), rel=CLOSE)
+        before = [run, alone]
 
 
 def test_one_agent_that_is_told_to_stop_stops_all(make_run: MakeRun, on_one_address: Nodes) -> None:
@@ -123,9 +144,33 @@ def test_one_agent_that_is_told_to_stop_stops_all(make_run: MakeRun, on_one_addr
     assert steps_saved(run)[-1] == len(losses(run))
 
 
-def test_a_cut_link_ends_both_nodes(make_run: MakeRun, on_two_addresses: Nodes, namespaces: list[str]) -> None:
-    run = make_run("cut", FINETUNE, **{**TWO_NODES, "stage__max_steps": 10_000, "stage__epochs": None},
-                   watchdog__step_seconds=5.0, watchdog__startup_seconds=90.0)  # fmt: skip
+def test_a_killed_rank_ends_both_nodes_and_the_same_command_goes_on(
+    make_run: MakeRun, on_two_addresses: Nodes, pair: Ranks
+) -> None:
+    alone = on_one_node(make_run, pair, FINETUNE, **TWO_NODES)
+    run = make_run("killed", FINETUNE, **TWO_NODES)
+    nodes = on_two_addresses(run)
+    nodes[0].wait_for_step(6)
+    os.kill(nodes[1].rank_pid(1), signal.SIGKILL)
+    outputs = [node.process.communicate(timeout=120)[0] for node in nodes]
+    assert nodes[1].process.returncode == 128 + signal.SIGKILL, outputs[1]
+    assert nodes[0].process.returncode not in (0, 75), outputs[0]
+    assert "first to fail: rank 1 was killed by SIGKILL" in outputs[1]
+    assert nodes[0].processes() == []
+    saved = steps_saved(run)[-1]
+    launch_again(run, resume="auto")
+    for node in on_two_addresses(run):
+        output = node.ends_with(0)
+        assert "Traceback" not in output
+    assert f"step-{saved:08d} after step {saved}" in run.log(0).read_text()
+    assert losses(run) == pytest.approx(losses(alone), rel=CLOSE)
+
+
+def test_a_cut_link_ends_both_nodes_and_healed_the_same_command_goes_on(
+    make_run: MakeRun, on_two_addresses: Nodes, namespaces: list[str], pair: Ranks
+) -> None:
+    alone = on_one_node(make_run, pair, FINETUNE, **TWO_NODES)
+    run = make_run("cut", FINETUNE, **TWO_NODES, watchdog__step_seconds=5.0, watchdog__startup_seconds=90.0)
     nodes = on_two_addresses(run)
     nodes[0].wait_for_step(6)
     ip("-n", namespaces[1], "link", "set", "af1", "down")
@@ -144,3 +189,28 @@ def test_a_cut_link_ends_both_nodes(make_run: MakeRun, on_two_addresses: Nodes, 
     assert noticed < 60
     assert left < 90, outputs
     assert steps_saved(run) == saved
+
+    ip("-n", namespaces[1], "link", "set", "af1", "up")
+    launch_again(run, resume="auto")
+    for node in on_two_addresses(run):
+        node.ends_with(0)
+    assert losses(run) == pytest.approx(losses(alone), rel=CLOSE)
+
+
+def test_a_cut_that_heals_costs_a_restart(
+    make_run: MakeRun, on_two_addresses: Nodes, namespaces: list[str], pair: Ranks
+) -> None:
+    """With restarts left a node that is cut off waits for the others, and both go on when they are there again."""
+    alone = on_one_node(make_run, pair, FINETUNE, **TWO_NODES)
+    run = make_run("healed", FINETUNE, **TWO_NODES, watchdog__step_seconds=5.0, watchdog__startup_seconds=90.0,
+                   hardware__max_restarts=1)  # fmt: skip
+    nodes = on_two_addresses(run)
+    nodes[0].wait_for_step(6)
+    ip("-n", namespaces[1], "link", "set", "af1", "down")
+    cut = time.monotonic()
+    while len(list(run.black_boxes.glob("rank_*.json"))) < 2 and time.monotonic() - cut < 60:
+        time.sleep(0.1)
+    ip("-n", namespaces[1], "link", "set", "af1", "up")
+    outputs = [node.ends_with(0) for node in nodes]
+    assert all("all ranks are started again; 0 restart(s) left" in output for output in outputs)
+    assert losses(run) == pytest.approx(losses(alone), rel=CLOSE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,10 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import yaml
 
 import train.__main__ as entry
 from anchorformer.errors import UserError, run_guarded
 from tests.train.tiny_world import write_world
+from train import network
 from train import prepare as preparing
 from train import start as starting
 from train.compose import ROOT, compose
@@ -162,14 +165,26 @@ def test_several_nodes_compose_once_and_compare(
     assert state == "prepared"
     with pytest.raises(UserError, match="no HEAD_ADDR"):
         launch(["start", folder, digest])
-    monkeypatch.setenv("HEAD_ADDR", "node0")
-    monkeypatch.setenv("NODE_RANK", "1")
-    monkeypatch.setenv("NODE_ADDR", "10.0.0.2")
+    waited: list[tuple[str, int]] = []
+    monkeypatch.setattr(network, "own_addresses", lambda: {"10.0.0.2": "ib0"})
+    monkeypatch.setattr(starting, "wait_for_head", lambda *head: waited.append(head))
+    for name, value in {"HEAD_ADDR": "node0", "NODE_RANK": "1", "NODE_ADDR": "10.0.0.2"}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="another config"):
         launch(["start", folder, digest[::-1]])
+    before = {path: path.stat().st_mtime_ns for path in Path(folder).iterdir()}
+    launch(["start", folder, digest, "--dry-run"])
+    assert {path: path.stat().st_mtime_ns for path in Path(folder).iterdir()} == before
+    assert not started
+    printed = capsys.readouterr().out
     launch(["start", folder, digest])
-    [(_, argv, _)] = started
+    [(_, argv, env)] = started
+    assert waited == [("node0", 29400)]
     assert {"--nnodes=2", "--rdzv-endpoint=node0:29400", "--rdzv-conf=is_host=0", "--local-addr=10.0.0.2"} <= set(argv)
+    assert f"--rdzv-id={digest[:16]}.1" in argv, "the same on all nodes, another for the next launch"
+    assert f"# {shlex.join(argv)}\n" in printed
+    assert "# stage align: 4 rank(s), fp32, ZeRO-2" in printed
+    assert (env["GLOO_SOCKET_IFNAME"], env["NCCL_SOCKET_IFNAME"]) == ("ib0", "=ib0")
 
 
 def test_a_run_for_one_node_is_not_started_on_two(
@@ -309,14 +324,6 @@ def run_script(*arguments: str, unset: str = "") -> subprocess.CompletedProcess[
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, ROOT / "launch" / "slurm.sbatch"], ids=lambda path: path.name)
-def test_scripts_are_sound_bash(script: Path) -> None:
-    assert run_script("bash", "-n", str(script)).returncode == 0
-    if shutil.which("shellcheck"):
-        done = subprocess.run(["shellcheck", "-x", str(script)], capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 0, done.stdout
-
-
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_say_what_they_are_for(script: Path) -> None:
     if script.name == "common.sh":
         return
@@ -328,14 +335,89 @@ def test_scripts_say_what_they_are_for(script: Path) -> None:
         assert "#" not in done.stdout
 
 
-@pytest.mark.parametrize(("script", "ranks"), [("cpu.sh", 2), ("one_gpu.sh", 1), ("a100.sh", 8)])
-def test_a_dry_run_prints_the_config_and_the_command(script: str, ranks: int) -> None:
+@pytest.mark.parametrize(
+    ("script", "words", "expected"),
+    [("cpu.sh", "", ["--nproc-per-node=2", "# stage align: 2 rank(s), fp32, ZeRO-2"]),
+     ("one_gpu.sh", "", ["--nproc-per-node=1", "# stage align: 1 rank(s), bf16, ZeRO-2"]),
+     ("slurm.sbatch", "hardware=a100x8_2nodes", ["--nnodes=2", "# stage align: 16 rank(s) of a100-80gb, bf16"])],
+)  # fmt: skip
+def test_a_dry_run_prints_the_config_the_command_and_the_plan(script: str, words: str, expected: list[str]) -> None:
     before = set((ROOT / "checkpoints").iterdir())
-    done = run_script(str(ROOT / "launch" / script), "--dry-run", "stage=align", "data.root=/data", "run=dry")
+    given = ["--dry-run", "stage=align", "data.root=/data", "run=dry", *words.split()]
+    done = run_script(str(ROOT / "launch" / script), *given)
     assert done.returncode == 0, done.stderr
-    assert f"--nproc-per-node={ranks}" in done.stdout
-    assert "global_batch: 256" in done.stdout
+    assert all(text in done.stdout for text in [*expected, "global_batch: 256", "# peak "])
+    composed = yaml.safe_load("\n".join(line for line in done.stdout.splitlines() if not line.startswith("+")))
+    assert composed["run"] == "dry"
     assert set((ROOT / "checkpoints").iterdir()) == before
+
+
+NVIDIA_SMI = """#!/usr/bin/env bash
+for word in "$@"; do
+    [[ $word != --id=* ]] || { IFS=, read -ra ids <<<"${word#--id=}"; }
+done
+mapfile -t cards <<<"$CARDS_HERE"
+for id in "${ids[@]:-${!cards[@]}}"; do echo "${cards[$id]}"; done
+"""
+
+
+@pytest.mark.parametrize(
+    ("cards", "visible", "expected"),
+    [(["NVIDIA A100-SXM4-80GB, 81920"] * 8, "", "hardware=a100x8 hardware.ranks=8"),
+     (["NVIDIA A100-SXM4-40GB, 40960"] * 4, "", "hardware=a100_40gbx8 hardware.ranks=4"),
+     (["NVIDIA A100 80GB PCIe, 81920", "NVIDIA A100-PCIE-40GB, 40960"], "", "hardware=a100_40gbx8 hardware.ranks=2"),
+     (["NVIDIA A100-PCIE-40GB, 40960", "NVIDIA A100 80GB PCIe, 81920"], "1", "hardware=a100x8 hardware.ranks=1"),
+     (["NVIDIA H100 80GB HBM3, 81559"], "", None)],
+    ids=["8 of 80 GB", "4 of 40 GB", "both, the smaller counts", "the visible one", "another card"],
+)  # fmt: skip
+def test_a_node_of_a100s_is_told_by_its_cards(
+    tmp_path: Path, cards: list[str], visible: str, expected: str | None
+) -> None:
+    (tmp_path / "nvidia-smi").write_text(NVIDIA_SMI)
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@"\n')
+    for name in ("nvidia-smi", "python"):
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(
+        [ROOT / "launch" / "a100.sh", "stage=align"], capture_output=True, text=True,
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python"),
+             "CARDS_HERE": "\n".join(cards), "CUDA_VISIBLE_DEVICES": visible},
+    )  # fmt: skip
+    if expected is None:
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "error: these cards are no A100s\n  found:    NVIDIA H100 80GB HBM3, 81559\n" in done.stderr
+    else:
+        assert done.stdout.splitlines()[-1] == f"-m train run {expected} stage=align", done.stderr
+
+
+def test_a_dry_run_for_a100s_elsewhere_is_told_of_them(tmp_path: Path) -> None:
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    script = str(ROOT / "launch" / "a100.sh")
+    told = run_script("env", f"PYTHON={tmp_path}/python", "CARDS=4", "MEMORY_GB=40", script, "--dry-run", "stage=align")
+    assert told.stdout.splitlines()[-1] == "-m train run --dry-run hardware=a100_40gbx8 hardware.ranks=4 stage=align"
+    if shutil.which("nvidia-smi") is None:
+        done = run_script(script, "--dry-run", "stage=align")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "CARDS=8 MEMORY_GB=80 launch/a100.sh --dry-run" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_a_sweep_prints_its_first_runs_and_all_points(tmp_path: Path) -> None:
+    words = [
+        "sweep=miniworld_smoke",
+        "model.selector.num_anchors=5",
+        "model.connector.depth=1,2",
+        f"output_root={tmp_path}",
+    ]
+    done = run_script(str(ROOT / "launch" / "sweep.sh"), "--dry-run", *words)
+    assert done.returncode == 0, done.stderr
+    first, line = done.stdout.splitlines()[:2]
+    assert first.startswith("+ ")
+    assert line.startswith(f"run: {words[0].removeprefix('sweep=')}")
+    assert done.stdout.count("-m train.rank") == 2, "its align and its finetune"
+    assert done.stdout.count("# no plan: the shape of") == 2, "the mini world is made when it is first used"
+    assert "2 points, 2 trials, 2 stages 1; 4 of these would run" in done.stdout
+    assert not list(tmp_path.iterdir())
 
 
 def test_two_stages_are_wired() -> None:
@@ -350,13 +432,19 @@ def test_two_stages_are_wired() -> None:
     assert run_script(str(ROOT / "launch" / "two_stage.sh")).returncode == 2
 
 
-def test_a_node_of_several_starts_by_folder_and_hash() -> None:
-    done = run_script(str(ROOT / "launch" / "multinode.sh"), "--dry-run", "checkpoints/wide", "abc")
-    assert done.returncode == 0, done.stderr
-    assert "-m train start checkpoints/wide abc" in done.stdout
-    assert run_script(str(ROOT / "launch" / "multinode.sh"), "checkpoints/wide").returncode == 2
+def test_a_node_of_several_starts_by_folder_and_hash(tmp_path: Path) -> None:
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@" in $HEAD_ADDR $NODE_RANK $NCCL_DEBUG $NCCL_IB_TIMEOUT\n')
+    (tmp_path / "python").chmod(0o755)
+    script = str(ROOT / "launch" / "multinode.sh")
+    for flags in ([], ["--dry-run"]):
+        done = run_script(
+            "env", f"PYTHON={tmp_path}/python", "NCCL_IB_TIMEOUT=23", script, *flags, "checkpoints/w", "abc"
+        )
+        words = " ".join(["-m train start checkpoints/w abc", *flags])
+        assert done.stdout.splitlines()[-1] == f"{words} in node0 1 WARN 23", "what the user says stays"
+    assert run_script(script, "checkpoints/w").returncode == 2
     for missing in ("HEAD_ADDR", "NODE_RANK"):
-        done = run_script(str(ROOT / "launch" / "multinode.sh"), "checkpoints/wide", "abc", unset=missing)
+        done = run_script(script, "checkpoints/w", "abc", unset=missing)
         assert done.returncode == 2
         assert done.stderr.startswith(f"error: {missing} is not set")
 

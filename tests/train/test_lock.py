@@ -21,7 +21,7 @@ from train.compose import ROOT
 from train.faults.progress import Place, Report, report_path
 from train.run import lock
 from train.run.folder import write_atomically
-from train.run.process import began
+from train.run.process import AGENT, AGENT_MODULE, began, orphans
 
 
 def holder(**changes: object) -> lock.Holder:
@@ -112,6 +112,47 @@ def test_a_launch_waits_for_ranks_that_outlive_theirs(
     with lock.held(tmp_path):
         assert began(rank.pid) == ""
     assert "waiting for ranks of an earlier launch to end: rank 1" in caplog.text
+
+
+RANK = """\
+import signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, lambda *_: None)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of other processes")
+def test_ranks_without_an_agent_that_do_not_end_are_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(lock, "PATIENCE", 0.0)
+    monkeypatch.setattr(lock, "PERIOD", 0.01)
+    (tmp_path / "link").symlink_to(tmp_path)
+    agent = subprocess.Popen([sys.executable, "-c", "input()", AGENT_MODULE, str(tmp_path)], stdin=subprocess.PIPE)
+    children = [
+        subprocess.Popen([sys.executable, "-c", RANK, folder], env={**os.environ, AGENT: str(pid)}, cwd=tmp_path,
+                         stdout=subprocess.PIPE)
+        for folder, pid in (("link", 2**22 - 1), (str(tmp_path / "other"), 2**22 - 1), (str(tmp_path), agent.pid))
+    ]  # fmt: skip
+    try:
+        for child in children:
+            assert child.stdout is not None
+            child.stdout.readline()
+        orphan, of_another_run, of_a_living_agent = children
+        assert orphans(tmp_path) == [orphan.pid]
+        lock.end_orphans(tmp_path)
+        assert orphan.wait(10) == -signal.SIGKILL
+        assert of_another_run.poll() is None
+        assert of_a_living_agent.poll() is None
+        assert f"did not end within 0 seconds and are killed: process {orphan.pid}" in caplog.text
+        agent.kill()
+        agent.wait()
+        assert orphans(tmp_path) == [of_a_living_agent.pid]
+    finally:
+        for process in (agent, *children):
+            process.kill()
+            process.communicate()
 
 
 def test_ranks_of_another_machine_are_known_by_their_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, W
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException, SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousError, RendezvousTimeoutError
 from torch.distributed.launcher import api as launcher
 from torch.distributed.run import parse_args, run
 
@@ -63,6 +64,12 @@ def main(arguments: list[str]) -> int:
             return code
         print(f"stopped by {error.sigval.name}", file=sys.stderr)
         return 128 + error.sigval.value
+    except RendezvousError as error:
+        code = _last_word(folder, codes)
+        if code is not None:
+            return code
+        print(f"the nodes of this run have not come together: {_in_words(error)}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -71,6 +78,9 @@ class Agent(LocalElasticAgent):
 
     GRACE = 20
     """Seconds without a living rank after which an agent that has not noticed is taken for stuck."""
+    REJOINING = 660
+    """The same for one that waits for the other nodes to start ranks again: torchrun gives up after 600, unless the
+    store does not answer."""
 
     def __init__(self, folder: RunFolder, codes: dict[int, int], *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
@@ -93,6 +103,9 @@ class Agent(LocalElasticAgent):
         # torchrun reads the variable from 2.12 on, and then after a failure as well.
         if isinstance(sys.exception(), SignalException):
             timeout = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", timeout))
+            # A second signal (Slurm sends several, by several ways) would end this one's waiting and leave the ranks.
+            for number in interrupt.heeded():
+                signal.signal(number, signal.SIG_IGN)
         else:
             timeout = AFTER_FAILURE
         if self._pcontext:
@@ -101,14 +114,16 @@ class Agent(LocalElasticAgent):
         super()._shutdown(death_sig)
 
     def _leave_if_stuck(self) -> None:
-        """A node that is cut off waits for a store that it cannot reach any more, with its ranks long gone."""
-        seconds = 0
-        while seconds < self.GRACE:
+        """A node that is cut off waits for a store that it cannot reach any more, with its ranks long gone.
+
+        This is a thread of its own, which asks nobody but the kernel: torchrun's does not come back from its question.
+        """
+        seconds, patience = 0, self._patience()
+        while seconds < patience:
             time.sleep(1.0)
-            state = self._worker_group.state
-            is_idle = state is WorkerState.HEALTHY or (state is WorkerState.FAILED and not self._remaining_restarts)
-            codes = self._exit_codes() if is_idle else {}
-            seconds = seconds + 1 if len(codes) == len(self._worker_group.workers) else 0
+            codes, before, patience = self._exit_codes(), patience, self._patience()
+            is_empty = len(codes) == len(self._worker_group.workers)
+            seconds = seconds + 1 if is_empty and patience == before else 0
         print("this node's ranks have ended and its agent cannot reach the others: it leaves", file=sys.stderr)
         code = _exit_code(codes)
         leave_later(code)
@@ -117,6 +132,11 @@ class Agent(LocalElasticAgent):
         finally:
             # Whatever goes wrong with the explanation: the disk may be as far away as the others.
             os._exit(code)
+
+    def _patience(self) -> int:
+        state = self._worker_group.state
+        is_to_notice = state is WorkerState.HEALTHY or (state is WorkerState.FAILED and not self._remaining_restarts)
+        return self.GRACE if is_to_notice else self.REJOINING
 
     def _exit_codes(self) -> dict[int, int]:
         """Of those of this node's ranks that have ended."""
@@ -154,6 +174,14 @@ def _exit_code(exit_codes: Mapping[int, int]) -> int:
     """The first that tells of a failure, as a shell reports it."""
     code = next((code for code in exit_codes.values() if code), 1)
     return code if code > 0 else 128 - code
+
+
+def _in_words(error: RendezvousError) -> str:
+    words = {
+        RendezvousTimeoutError: "not all of them have come in time, or one has left",
+        RendezvousClosedError: "one of them has ended it",
+    }
+    return words.get(type(error), f"{error.__cause__ or error}")
 
 
 def _hush(folder: RunFolder) -> None:

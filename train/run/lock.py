@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 from anchorformer.errors import UserError
 from train.faults.progress import LONGEST_SILENCE, Report, read_reports
 from train.run.folder import RunFolder
-from train.run.process import began
+from train.run.process import began, orphans
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +26,8 @@ PATIENCE = 300.0
 """Seconds that ranks of an earlier launch get to end: they were told to when that was killed, and save first."""
 PERIOD = 1.0
 """Seconds between two looks at them."""
+KILLED_WITHIN = 30.0
+"""Seconds in which a process that has been killed is gone, unless it hangs in the kernel, in a disk or a device."""
 SILENT = 3 * LONGEST_SILENCE
 """Seconds without a report after which a rank on another machine is taken for gone."""
 WRITTEN_WITHIN = 60
@@ -102,6 +105,7 @@ def acquire(folder: Path) -> None:
     """
     _take(folder)
     try:
+        end_orphans(folder)
         _wait_for_ranks(folder)
     except BaseException:
         release(folder)
@@ -141,6 +145,32 @@ def release(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def end_orphans(folder: Path) -> None:
+    """Returns when no rank whose launcher is gone runs on this machine; those that do not end by themselves are killed.
+
+    They were told to when it went, and save first; one that hangs would keep its card's memory for ever.
+
+    Raises:
+        UserError: one that cannot be killed.
+    """
+    deadline, is_told, is_killed = time.monotonic() + PATIENCE, False, False
+    while pids := orphans(folder):
+        reports = {report.pid: str(report) for report in read_reports(RunFolder(folder).black_boxes)}
+        who = "; ".join(reports.get(pid, f"process {pid}") for pid in pids)
+        if time.monotonic() > deadline:
+            if is_killed:
+                raise _outlived(folder, who, "they hang in the kernel: see to the disk or device, or boot the machine")
+            log.warning("ranks of an earlier launch did not end within %g seconds and are killed: %s", PATIENCE, who)
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            deadline, is_killed = time.monotonic() + KILLED_WITHIN, True
+        elif not is_told:
+            log.warning("waiting for ranks of an earlier launch to end: %s", who)
+            is_told = True
+        time.sleep(PERIOD)
+
+
 def _wait_for_ranks(folder: Path) -> None:
     """Returns when nobody writes into the folder any more; the lock is taken already.
 
@@ -150,15 +180,21 @@ def _wait_for_ranks(folder: Path) -> None:
     is_told = False
     while living := _living(folder):
         if time.monotonic() > deadline:
-            raise UserError(
-                f"ranks of an earlier launch still run on {folder}", found="; ".join(map(str, living)),
-                expected="none: their launcher is gone",
-                remedy="end them (kill -9 and their pid, on their machine); then start again with resume=auto",
+            raise _outlived(
+                folder, "; ".join(map(str, living)),
+                "end them (kill -9 and their pid, on their machine); then start again with resume=auto",
             )  # fmt: skip
         if not is_told:
             log.warning("waiting for ranks of an earlier launch to end: %s", "; ".join(map(str, living)))
             is_told = True
         time.sleep(PERIOD)
+
+
+def _outlived(folder: Path, who: str, remedy: str) -> UserError:
+    return UserError(
+        f"ranks of an earlier launch still run on {folder}", found=who, expected="none: their launcher is gone",
+        remedy=remedy,
+    )  # fmt: skip
 
 
 def _living(folder: Path) -> list[Report]:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 AGENT = "ANCHORFORMER_AGENT"
 """Variable in which torchrun's agent tells its ranks its process number."""
+AGENT_MODULE = "train.faults.agent"
+"""What a process is that stands there, and is no other that has been given its number since."""
 PR_SET_PDEATHSIG = 1
 """Of Linux' prctl: the signal that a process gets when its parent dies."""
 
@@ -38,6 +40,41 @@ def began(pid: int) -> str:
     except PermissionError:
         pass
     return "alive"
+
+
+def orphans(folder: Path) -> list[int]:
+    """Processes of ranks of a run folder on this machine whose agent is gone, their loaders among them; Linux only.
+
+    A rank is known by the agent in its environment, which its loader's processes have from it, and by the folder on its
+    command line; those of other users cannot be seen.
+    """
+    found = []
+    for place in sorted(Path("/proc").glob("[0-9]*"), key=lambda place: int(place.name)):
+        try:
+            variables = (place / "environ").read_bytes().split(b"\0")
+            agents = [int(entry.partition(b"=")[2]) for entry in variables if entry.startswith(f"{AGENT}=".encode())]
+            is_of_run = bool(agents) and _names(place, folder)
+        except (OSError, ValueError):
+            continue  # gone since it was listed, or another user's
+        if is_of_run and not _is_agent(agents[0], folder) and began(int(place.name)):
+            found.append(int(place.name))
+    return found
+
+
+def _is_agent(pid: int, folder: Path) -> bool:
+    place = Path(f"/proc/{pid}")
+    try:
+        is_one = AGENT_MODULE.encode() in (place / "cmdline").read_bytes().split(b"\0") and _names(place, folder)
+    except OSError:
+        return False
+    return is_one and bool(began(pid))
+
+
+def _names(process: Path, folder: Path) -> bool:
+    """Whether a folder is on a process' command line, however it is written there."""
+    words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
+    where = os.readlink(process / "cwd")
+    return os.path.realpath(folder) in (os.path.realpath(os.path.join(where, word)) for word in words if word)
 
 
 def end_with_parent(number: signal.Signals, parent: int) -> None:

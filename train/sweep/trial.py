@@ -31,6 +31,8 @@ from train.run.identity import numbers_digest
 from train.run.process import end_with_parent
 
 FILE = "trial.json"
+BEFORE_THE_LIMIT = signal.SIGUSR2
+"""With which submitit has Slurm warn a trial; its own handler would leave the command to be killed."""
 LAST_LINES = 12
 """Of the log of a trial that failed, as many are told."""
 
@@ -176,7 +178,7 @@ class Attempt:
             UserError: another process executes this trial.
         """
         with lock.held(self.folder.path):
-            before = {number: signal.signal(number, self._hand_on) for number in SIGNALS}
+            before = {number: signal.signal(number, self._hand_on) for number in (*SIGNALS, BEFORE_THE_LIMIT)}
             try:
                 return self._execute(environment)
             finally:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from pathlib import Path
 
-import yaml
-
 from anchorformer.errors import UserError
-from anchorformer.schema import to_plain
 from train.compose import compose
+from train.network import Link
 from train.prepare import is_done, prepare, run_folder
+from train.preview import config_text, preview
 from train.start import Topology, command, start
 
 CFG, DRY_RUN = "--cfg", "--dry-run"
 
 
 def main(arguments: list[str]) -> int:
-    """`--cfg` prints the composed config, `--dry-run` the command as well; neither touches a file."""
+    """`--cfg` prints the composed config, `--dry-run` the command and the plan as well; neither touches a file."""
     overrides = [text for text in arguments if not text.startswith("--")]
     flags = [text for text in arguments if text.startswith("--")]
     if CFG in flags:
@@ -30,11 +28,13 @@ def main(arguments: list[str]) -> int:
             "unknown flag", found=" ".join(unknown), expected=f"{CFG} or {DRY_RUN}", remedy="values are key=value"
         )
     config = compose(overrides)
-    if flags:
-        print(yaml.safe_dump(to_plain(config), sort_keys=False), end="")
-        if DRY_RUN in flags:
-            path = Path(config.output_root) / config.run
-            print("# " + shlex.join(command(path, config, Topology(head="HEAD_ADDR"))))
+    if DRY_RUN in flags:
+        path, place = Path(config.output_root) / config.run, Link("NODE_ADDR", "INTERFACE")
+        argv = command(path, config, Topology(head="HEAD_ADDR"), place if config.hardware.nodes > 1 else None)
+        print(preview(config, argv))
+        return 0
+    if CFG in flags:
+        print(config_text(config))
         return 0
     if config.hardware.nodes > 1:
         raise UserError(

@@ -1,6 +1,7 @@
 """Executes the trials of a sweep that are not done: `sweep sweep=NAME [key=value ...] [key=one,other ...]`.
 
-`dry_run=true` lists them instead; `retry_failed=true` starts failed ones again. See docs/sweeps.md.
+`dry_run=true` lists them instead, behind what the runs of the first come to; `retry_failed=true` starts failed ones
+again. See docs/sweeps.md.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from train.config import Device
 from train.faults.interrupt import EXIT_CODE as INTERRUPTED
+from train.preview import preview
 from train.run import lock
+from train.start import Topology, command
 from train.sweep import slurm, summary
 from train.sweep.config import Executor, SweepConfig
 from train.sweep.points import Plan, adopt, plan
@@ -34,6 +38,7 @@ def main(arguments: list[str]) -> int:
     sweep = read(arguments)
     made = plan(sweep)
     if sweep.dry_run:
+        print(previews(made))
         print(listing(sweep, made))
         return 0
     configs = [config for of_trial in made.configs.values() for config in of_trial.values()]
@@ -44,21 +49,39 @@ def main(arguments: list[str]) -> int:
         for path, trial in made.trials.items():
             adopt(path, trial)
         if sweep.executor is Executor.slurm:
-            jobs = slurm.submit(sweep, made.folder, made.trials, max(config.hardware.ranks for config in configs))
-            print(f"submitted: {', '.join(job.job_id for job in jobs) or 'nothing, all trials are done'}")
+            ranks = max(config.hardware.ranks for config in configs)
+            is_on_cards = any(config.hardware.device is not Device.cpu for config in configs)
+            jobs = slurm.submit(sweep, made.folder, made.trials, ranks, ranks if is_on_cards else 0)
+            print(f"submitted: {', '.join(job.job_id for job in jobs) or 'nothing'}")
+            waiting = [job for job in slurm.queued(made.trials).values() if job not in {job.job_id for job in jobs}]
+            if waiting:
+                print(f"in the queue already: {', '.join(waiting)}")
             return 0
         states = _run(sweep, made, Runner(made.trials, slots, sweep.retry_failed, lambda *_: None))
         return _conclude(made, list(states.values()))
+
+
+def previews(made: Plan) -> str:
+    """What the runs of the first point come to, as `python -m train run --dry-run` says it of each of them."""
+    first = next(iter(made.of_points))
+    needed = made.trials[first].needs
+    folders = [*([Path(needed)] if needed else []), first]
+    return "\n".join(
+        preview(config, command(Path(made.trials[folder].runs[stage.value]), config, Topology())) + "\n"
+        for folder in folders for stage, config in made.configs[folder].items()
+    )  # fmt: skip
 
 
 def listing(sweep: SweepConfig, made: Plan) -> str:
     """Every point with its trial and state, and the commands of one trial."""
     found = summary.rows(made)
     states = {path: TrialFolder(path).state() for path in made.trials}
-    due = [path for path, state in states.items() if state is not State.done
+    waiting = slurm.queued(made.trials) if sweep.executor is Executor.slurm else {}
+    due = [path for path, state in states.items() if state is not State.done and path not in waiting
            and (state is not State.failed or sweep.retry_failed)]  # fmt: skip
     lines = [summary.table(found), "", f"{len(made.points)} points, {len(made.of_points)} trials, "
-             f"{len(made.trials) - len(made.of_points)} stages 1; {len(due)} of these would run"]  # fmt: skip
+             f"{len(made.trials) - len(made.of_points)} stages 1; {len(due)} of these would run"
+             + (f", {len(waiting)} are in Slurm's queue" if waiting else "")]  # fmt: skip
     for path in due[:1]:
         lines += ["", f"first {path}:", *(f"  {shlex.join(step.argv)}" for step in made.trials[path].steps)]
     return "\n".join(lines)
