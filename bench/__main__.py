@@ -14,6 +14,7 @@ COMMANDS = {
     "gpu-step": "bench.gpu.step",
     "gpu-ladder": "bench.gpu.ladder",
     "report": "bench.report",
+    "scaling": "bench.scaling",
 }
 """Each with a `main` that takes the other arguments; --help shows them."""
 

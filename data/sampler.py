@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -172,16 +173,15 @@ def _deal(
 ) -> list[list[int]] | None:
     """Longest processing time first into `count` bins with both limits, or None where a sample finds no room."""
     bins: list[list[int]] = [[] for _ in range(count)]
-    loads = [0] * count
+    # A heap by load: with hundreds of bins, looking at all of them for every sample would hold up the step.
+    open_bins = [(0, index) for index in range(count)]
     for place in sorted(places, key=lambda place: (-lengths[place], place)):
-        open_bins = [
-            index
-            for index in range(count)
-            if len(bins[index]) < most_samples and (most_tokens is None or loads[index] + lengths[place] <= most_tokens)
-        ]
-        if not open_bins:
-            return None
-        best = min(open_bins, key=lambda index: (loads[index], index))
+        if not open_bins or (most_tokens is not None and open_bins[0][0] + lengths[place] > most_tokens):
+            return None  # the emptiest has no room for it, so no other has
+        load, best = open_bins[0]
         bins[best].append(place)
-        loads[best] += lengths[place]
+        if len(bins[best]) < most_samples:
+            heapq.heapreplace(open_bins, (load + lengths[place], best))
+        else:
+            heapq.heappop(open_bins)
     return bins

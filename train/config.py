@@ -17,6 +17,7 @@ from anchorformer.template_names import TEMPLATE_NAMES
 from anchorformer.tiling import UNTILED, Tiling
 from data.config import Count, DataConfig, NotNegative, Share
 from train.observe.span import Span
+from train.zero import ZeroConfig, check_zero
 
 NO_TRACKER = {TARGET: "train.observe.trackers.none.NoTracker"}
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -164,16 +165,6 @@ class ModelConfig(Schema):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ZeroConfig(Schema):
-    """DeepSpeed ZeRO: what is sharded over the ranks."""
-
-    stage: int = 2
-    overlap_comm: bool = True
-    bucket_size: Count = 200_000_000
-    """Elements per reduce bucket."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class HardwareConfig(Schema):
     """What the run is started on."""
 
@@ -313,10 +304,10 @@ def check(config: RunConfig) -> None:
 
     Raises:
         UserError: global batch not divisible by the ranks, both or none of epochs and max_steps, finetune
-            without `init_from`, unknown template or ZeRO stage, validation without tasks or the other way round,
-            compiled parts or a folded connector under ZeRO-3, cached features of a trained tower, an adapter that
-            is not trained, has no layers, or is to be quantized where that is not possible, a profile of no steps or
-            of more than `max_steps`.
+            without `init_from`, unknown template, a ZeRO that `check_zero` refuses, validation without tasks or the
+            other way round, compiled parts or a folded connector under ZeRO-3, cached features of a trained tower, an
+            adapter that is not trained, has no layers, or is to be quantized where that is not possible, a profile of
+            no steps or of more than `max_steps`.
     """
     stage, hardware = config.stage, config.hardware
     if stage.global_batch % config.world_size:
@@ -340,10 +331,10 @@ def check(config: RunConfig) -> None:
             expected="the align run whose connector is to be finetuned, or a model folder",
             remedy="add init_from=checkpoints/<align run>",
         )
-    if config.zero.stage not in (0, 1, 2, 3):
-        raise UserError(
-            "zero.stage is unknown", found=config.zero.stage, expected="0, 1, 2 or 3", remedy="e.g. zero=zero2"
-        )
+    check_zero(
+        config.zero, ranks_per_node=hardware.ranks, nodes=hardware.nodes,
+        by_deepspeed=config.engine is EngineName.deepspeed, on_cpu=hardware.device is Device.cpu,
+    )  # fmt: skip
     if config.zero.stage == 3 and hardware.compile:
         raise UserError(
             "compiled parts do not go with ZeRO-3, which fetches weights by hooks inside of them",

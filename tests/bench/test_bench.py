@@ -188,3 +188,16 @@ def test_sizes_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
         cpu.main(["--only", "vision,everything"])
     assert "['everything']" in capsys.readouterr().err
     assert {size.value for size in Size} == {"tiny", "quick", "full"}
+
+
+def test_dealing_to_more_ranks_leaves_less(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "scaling.json"
+    command.main(["scaling", "--ranks", "8", "64", "--per-rank", "1", "4", "--json", str(path)])
+    rows = {(row["lengths"], row["ranks"], row["per_rank"]): row for row in table.read(path)["rows"]}
+    assert len(rows) == 8
+    for (lengths, ranks, per_rank), row in rows.items():
+        assert row["global_batch"] == ranks * per_rank
+        assert 0 < row["useful"] <= 1 <= row["slowest"]
+        if (ranks, per_rank) != (8, 4):
+            assert row["useful"] < rows[lengths, 8, 4]["useful"], "fewer samples each, or more ranks to wait for"
+    assert "useful" in capsys.readouterr().out

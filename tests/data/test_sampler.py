@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anchorformer.errors import UserError
-from data.sampler import Sampler, SamplerState, permutation, plan_step
+from data.sampler import Sampler, SamplerState, _deal, permutation, plan_step
 
 lengths_of_samples = st.lists(st.integers(1, 2000), min_size=1, max_size=12)
 
@@ -91,6 +91,26 @@ def test_ranks_are_balanced(lengths: list[int]) -> None:
     # Longest first to the least loaded: loads differ by at most one (the longest) sample.
     loads = [sum(lengths[place] for micro in rank for place in micro) for rank in plan_step(lengths, 4, 16)]
     assert max(loads) - min(loads) <= max(lengths)
+
+
+@given(lengths_of_samples, st.integers(1, 5), st.integers(0, 6000))
+def test_every_sample_goes_to_the_bin_that_a_look_at_all_of_them_finds(
+    lengths: list[int], count: int, room: int
+) -> None:
+    most_samples, most_tokens = -(-len(lengths) // count) + 1, max(lengths) + room
+    bins: list[list[int]] = [[] for _ in range(count)]
+    for place in sorted(range(len(lengths)), key=lambda place: (-lengths[place], place)):
+        loads = [sum(lengths[other] for other in held) for held in bins]
+        has_room = [
+            len(held) < most_samples and load + lengths[place] <= most_tokens
+            for held, load in zip(bins, loads, strict=True)
+        ]
+        if not any(has_room):
+            assert _deal(range(len(lengths)), lengths, count, most_samples, most_tokens) is None
+            return
+        _, best = min((load, index) for index, load in enumerate(loads) if has_room[index])
+        bins[best].append(place)
+    assert _deal(range(len(lengths)), lengths, count, most_samples, most_tokens) == bins
 
 
 def test_a_step_of_lognormal_lengths_is_nearly_even() -> None:

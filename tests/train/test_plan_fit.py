@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anchorformer.errors import UserError
+from data.overrides import options
 from tests.train.tiny_world import write_world
 from train.compose import compose
-from train.config import Checkpointing, RunConfig
+from train.config import Checkpointing, Device, RunConfig
 from train.plan.cards import CARDS, card_of_device
 from train.plan.fit import (
     choose,
@@ -28,9 +29,11 @@ from train.plan.fit import (
     remedies,
     settle,
 )
+from train.plan.memory import host_memory
 from train.plan.shapes import read_shapes
 from train.prepare import prepare
 from train.verbs import plan
+from train.zero import Offload
 
 GB = 1e9
 
@@ -48,12 +51,13 @@ def limit_of(config: RunConfig) -> float:
 
 @settings(max_examples=30, deadline=None)
 @given(
-    memory=st.floats(20, 200), stage=st.sampled_from(["align", "finetune"]), zero=st.integers(0, 3),
+    memory=st.floats(20, 200), stage=st.sampled_from(["align", "finetune"]),
+    zero=st.sampled_from(["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]),
     checkpointing=st.booleans(),
 )  # fmt: skip
-def test_the_largest_budget_is_the_largest(memory: float, stage: str, zero: int, checkpointing: bool) -> None:
-    config = paper(stage)
-    size, layout = read_shapes(config), layout_of(config, checkpointing=checkpointing, zero=zero)
+def test_the_largest_budget_is_the_largest(memory: float, stage: str, zero: str, checkpointing: bool) -> None:
+    config = paper(stage, f"zero={zero}")
+    size, layout = read_shapes(config), layout_of(config, checkpointing=checkpointing)
     budget = largest_budget(config, size, layout, memory * GB)
     most = most_positions(config)
     assert budget == 0 or memory_at(config, size, layout, budget).total <= memory * GB
@@ -70,6 +74,30 @@ def test_more_of_anything_takes_no_less_memory() -> None:
     assert memory_at(config, size, replace(layout, value_bytes=4), 4096).total > base
     stages = [memory_at(config, size, replace(layout, zero=zero), 4096).total for zero in (0, 1, 2, 3)]
     assert stages == sorted(stages, reverse=True)
+
+    sharded = replace(layout, zero=3, node_ranks=8, ranks=64)
+    stored = memory_at(config, size, sharded, 4096)
+    for changes in ({"optimizer": Offload.cpu}, {"parameters": Offload.cpu}, {"optimizer": Offload.nvme}):
+        assert memory_at(config, size, replace(sharded, **changes), 4096).total < stored.total
+        host = host_memory(size, config.stage.whole_parts, replace(sharded, **changes))
+        assert host.memory > 0
+        assert (host.disk > 0) == (Offload.nvme in changes.values())
+    copied = memory_at(config, size, replace(sharded, hpz=True), 4096)
+    assert copied.weights - stored.weights == 2 * sum(size.parameters.values()) / 8, "all weights once in each node"
+
+
+def test_what_leaves_the_card_is_on_the_host() -> None:
+    config = paper("finetune", "zero=zero3_offload")
+    size = read_shapes(config)
+    layout = layout_of(config, checkpointing=False)
+    kept, moved = (
+        memory_at(config, size, replace(layout, optimizer=place, parameters=place), 4096)
+        for place in (Offload.none, Offload.cpu)
+    )
+    host = host_memory(size, config.stage.whole_parts, layout)
+    # There, what is sent back is laid out once more.
+    back = 2 * sum(size.parameters[part] for part in config.stage.whole_parts) / 8
+    assert host.memory == pytest.approx(kept.total - moved.total + back)
 
 
 def test_recommendations() -> None:
@@ -92,8 +120,9 @@ def test_presets_follow_the_recommendation() -> None:
     assert paper().zero.overlap_comm
     assert paper("finetune", "hardware=a100_40gbx8").zero.stage == 3
     assert paper("finetune", "hardware=a100_40gbx8", "zero=zero2").zero.stage == 2, "the command line wins"
-    for preset in ("a100x8", "a100x8_2nodes", "a100_40gbx8", "one_gpu"):
-        assert compose(["stage=align", "data.root=/d", f"hardware={preset}"]).data.num_workers > 0
+    for preset in options("hardware"):
+        config = compose(["stage=align", "data.root=/d", f"hardware={preset}"])
+        assert (config.data.num_workers > 0) == (config.hardware.device is Device.cuda)
 
 
 def test_what_is_left_open_is_planned() -> None:
@@ -140,13 +169,15 @@ def test_what_does_not_fit_says_what_would(more: list[str], expected: str, capsy
     assert re.search(expected, caught.value.remedy), caught.value.remedy
     assert "fits: no" in capsys.readouterr().out
 
-    config = paper("finetune", *more)
+    config, seen = paper("finetune", *more), list[str]()
     for remedy in remedies(config, read_shapes(config), limit_of(config)):
         if " of at least " in remedy or " ranks with " in remedy:
             continue
+        seen.append(remedy)
         words = [word for word in more if word.split("=")[0] not in remedy]
         again = paper("finetune", *words, *remedy.split())
         assert choose(again, read_shapes(again), limit_of(again)).fits, remedy
+    assert seen, "something that can be typed"
 
 
 def test_a_run_that_cannot_fit_is_refused_before_it_starts() -> None:

@@ -104,11 +104,12 @@ def test_what_cannot_be_swept_is_refused_before_anything_starts(words: list[str]
     assert said in str(caught.value)
 
 
-def test_a_key_that_came_later_and_is_null_changes_no_hash() -> None:
+def test_a_key_that_came_later_and_says_what_was_so_changes_no_hash() -> None:
     """A sweep, or a month's run, that was begun before there was such a key goes on."""
     config = run_config(ALIGN)
     plain = to_plain(config)
     assert plain["stage"].pop("lora") is None
+    plain["zero"] = {"stage": 2, "overlap_comm": True, "bucket_size": 200_000_000}
     assert hashed(config) == plain
     assert "lora" not in numbers(config)["stage"]
 

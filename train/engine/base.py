@@ -110,6 +110,10 @@ class Engine(abc.ABC):
         """What this rank holds of each of these parameters, or of one of AdamW's moments of trained ones."""
 
     @abc.abstractmethod
+    def _keep(self, pieces: Mapping[str, Piece], moment: str | None) -> None:
+        """Writes pieces that were changed back where `_pieces` could only give copies."""
+
+    @abc.abstractmethod
     def gather(self, part: Part) -> dict[str, Tensor] | None:
         """Every tensor of a part, or of its adapter where only that is trained, under its full name on the CPU of
         rank 0; None on other ranks. All ranks call it."""
@@ -118,7 +122,8 @@ class Engine(abc.ABC):
     def form(self) -> Form:
         """How the state is written: whole where it is small or every process has it all anyway, else rank by rank."""
         is_small = set(self.config.stage.whole_parts) <= {Part.connector}
-        return Form.whole if is_small or not self._is_parted else Form.shards
+        # What DeepSpeed swaps it would save as files of its own beside the shards.
+        return Form.whole if is_small or not self._is_parted or self.config.zero.uses_nvme else Form.shards
 
     @property
     def _is_parted(self) -> bool:
@@ -155,9 +160,12 @@ class Engine(abc.ABC):
             self._load_shards(folder)
             return
         trained = self._trained()
-        moments = {kind: self._pieces(trained, kind) for kind in whole.MOMENTS}
+        weights, moments = self._pieces(trained), {kind: self._pieces(trained, kind) for kind in whole.MOMENTS}
         source = whole.WholeFiles(folder) if converted is None else Universal(converted)
-        whole.read(source, self._pieces(trained), moments)
+        whole.read(source, weights, moments)
+        self._keep(weights, None)
+        for kind, pieces in moments.items():
+            self._keep(pieces, kind)
         for count in self._step_counts():
             count.fill_(saved.optimizer_steps)
         self._publish()

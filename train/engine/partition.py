@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from train.engine.swapped import Swapped, own_part
 from train.optim import full_shape, prime
 from train.run.fingerprint import Piece
 
@@ -39,19 +41,38 @@ class Partition:
             for parameter, master in zip(self._published, self.masters, strict=True):
                 # That wrapper has taken a step on zeros to make AdamW's state, which has decayed the masters.
                 master.data.copy_(parameter)
-        prime(self._optimizer, self.masters)
+        self._swapped = Swapped(zero) if stage == 3 else None
+        for index, master in enumerate(self.masters):
+            with self._on_host(index, changes=True):
+                prime(self._optimizer, [master])
+
+    def _on_host(self, index: int, *, changes: bool) -> AbstractContextManager[None]:
+        return nullcontext() if self._swapped is None else self._swapped.on_host(index, changes=changes)
 
     def pieces(self, parameters: Mapping[str, nn.Parameter], moment: str | None) -> dict[str, Piece]:
-        """What this rank holds of each parameter: its weights, or one of its moments."""
+        """What this rank holds of each parameter: its weights, or one of its moments; copies of what is on NVMe."""
+        copies = self._copies(parameters, moment)
         held = {}
         for name, parameter in parameters.items():
-            part, start = self._held(parameter, moment) if parameter.requires_grad else self._frozen(parameter)
+            if name in copies:
+                part, start = copies[name], copies[name].numel() * self._rank
+            else:
+                part, start = self._held(parameter, moment) if parameter.requires_grad else self._frozen(parameter)
             # The last part of a tensor that does not divide is padded; no padding belongs to the tensor.
             total = math.prod(full_shape(parameter))
             numel = min(part.numel(), total - start)
             if numel > 0:
                 held[name] = Piece(part.detach()[:numel], start, total)
         return held
+
+    def keep(self, parameters: Mapping[str, nn.Parameter], pieces: Mapping[str, Piece], moment: str | None) -> None:
+        """Writes what `pieces` gave, and was changed since, back to where it was a copy of."""
+        for index, names in self._names_by_file(parameters).items():
+            with self._on_host(index, changes=True):
+                for name in names:
+                    if name in pieces:
+                        values = pieces[name].values
+                        self._stage_3(parameters[name], moment)[: values.numel()].copy_(values)
 
     def step_counts(self) -> list[Tensor]:
         """AdamW's counters of its steps, one per master."""
@@ -69,8 +90,9 @@ class Partition:
         else:
             # Small parameters are whole on every rank between steps; they are parted, filled and gathered again.
             zero.checkpoint_event_prologue()
-            for published, master in zip(zero.fp16_partitioned_groups_flat, self.masters, strict=True):
-                published.copy_(master)
+            for index in range(len(self.masters)):
+                with self._on_host(index, changes=False):
+                    zero._reassign_or_swap_out_partitioned_parameters(index)
             zero.checkpoint_event_epilogue()
 
     def _held(self, parameter: nn.Parameter, moment: str | None) -> tuple[Tensor, int]:
@@ -88,18 +110,36 @@ class Partition:
         return flat.narrow(0, place.start, place.numel), mapping.lp_fragment_address.start
 
     def _stage_3(self, parameter: nn.Parameter, moment: str | None) -> Tensor:
-        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
-
-        part: Tensor = (
-            safe_get_local_fp32_param(parameter)
-            if moment is None
-            else safe_get_local_optimizer_state(parameter, moment)
-        )
-        return part
+        # Not through DeepSpeed's functions for this, which copy what lies on the host to the card.
+        zero = self._engine.optimizer
+        index, start, count = zero.grad_position[zero.get_param_id(parameter)]
+        return self._state(self.masters[index], moment).narrow(0, start, count)
 
     def _frozen(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
-        part = getattr(parameter, "ds_tensor", None)
-        return (parameter.reshape(-1), 0) if part is None else (part.view(-1), part.numel() * self._rank)
+        if not hasattr(parameter, "ds_tensor"):
+            return parameter.reshape(-1), 0
+        part = own_part(parameter)
+        return part, part.numel() * self._rank
+
+    def _copies(self, parameters: Mapping[str, nn.Parameter], moment: str | None) -> dict[str, Tensor]:
+        copies = {}
+        for index, names in self._names_by_file(parameters).items():
+            with self._on_host(index, changes=False):
+                for name in names:
+                    copies[name] = self._stage_3(parameters[name], moment).detach().clone()
+        return copies
+
+    def _names_by_file(self, parameters: Mapping[str, nn.Parameter]) -> dict[int, list[str]]:
+        """Subgroup on NVMe -> the trained ones of these parameters that are in it."""
+        zero, found = self._engine.optimizer, dict[int, list[str]]()
+        if self._swapped is None:
+            return found
+        for name, parameter in parameters.items():
+            if parameter.requires_grad:
+                index = zero.grad_position[zero.get_param_id(parameter)][0]
+                if self._swapped.holds(index):
+                    found.setdefault(index, []).append(name)
+        return found
 
     def _state(self, master: Tensor, moment: str | None) -> Tensor:
         state: Tensor = master if moment is None else self._optimizer.state[master][moment]

@@ -91,6 +91,9 @@ class PlainEngine(Engine):
     def _step_counts(self) -> list[Tensor]:
         return [self.optimizer.state[master]["step"] for _, master in self._pairs.values()]
 
+    def _keep(self, pieces: Mapping[str, Piece], moment: str | None) -> None:
+        """They are the tensors themselves."""
+
     @torch.no_grad()
     def _publish(self) -> None:
         for parameter, master in self._pairs.values():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from anchorformer.contracts import Batch
+from anchorformer.errors import UserError
 from train.config import Part, RunConfig
 from train.distributed import World
 from train.engine.base import Engine
@@ -24,6 +25,7 @@ from train.loss import supervised_loss
 from train.optim import build_optimizer, build_scheduler, part_of_parameter
 from train.run.fingerprint import Piece
 from train.stage import assert_declared, trained_state
+from train.zero import Offload
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +38,7 @@ class ZeroEngine(Engine):
 
     def __init__(self, model: nn.Module, config: RunConfig, world: World, total_steps: int, dtype: torch.dtype) -> None:
         super().__init__(config, world)
+        check_device(config, world)
         deepspeed = _import_deepspeed(world.device)
         self._owners = part_of_parameter(model, config.stage)
         optimizer = build_optimizer(model, config.stage, world.device)
@@ -70,6 +73,13 @@ class ZeroEngine(Engine):
                     yield self._owners[id(parameter)], parameter.grad
             return
         groups = optimizer.fp16_groups if self._stage == 3 else optimizer.bit16_groups
+        if self.config.zero.offload_optimizer is not Offload.none:
+            # The gradients themselves are on their way to the host; DeepSpeed has taken their norms before.
+            for parameter in (member for members in groups for member in members):
+                norm = optimizer.norm_for_param_grads.get(optimizer.get_param_id(parameter))
+                if norm is not None:
+                    yield self._owners[id(parameter)], norm.float()
+            return
         for index, members in enumerate(groups):
             for gradient in optimizer.averaged_gradients[index]:
                 yield self._owners[id(members[0])], gradient
@@ -84,6 +94,9 @@ class ZeroEngine(Engine):
 
     def _pieces(self, parameters: Mapping[str, nn.Parameter], moment: str | None = None) -> dict[str, Piece]:
         return self._partition.pieces(parameters, moment)
+
+    def _keep(self, pieces: Mapping[str, Piece], moment: str | None) -> None:
+        self._partition.keep(self._trained(), pieces, moment)
 
     def _step_counts(self) -> list[Tensor]:
         return self._partition.step_counts()
@@ -115,6 +128,12 @@ class ZeroEngine(Engine):
         return list(self._files.written)
 
     def _load_shards(self, folder: Path) -> None:
+        if self.config.zero.uses_nvme:
+            raise UserError(
+                "shards cannot be read into what lies on NVMe", found=f"{folder}, {', '.join(self.config.zero.extras)}",
+                expected="a checkpoint that was written with state on NVMe, which is whole",
+                remedy="resume with zero=zero3_offload, or with the zero that the checkpoint was written with",
+            )  # fmt: skip
         # Frozen weights are not in the checkpoint, so DeepSpeed cannot be strict here; the caller compares the
         # fingerprint of every tensor instead, which is stricter than names.
         path, _ = self._deepspeed.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=False)
@@ -122,16 +141,46 @@ class ZeroEngine(Engine):
             raise RuntimeError(f"DeepSpeed found nothing to load in {folder}")
 
 
+def check_device(config: RunConfig, world: World) -> None:
+    """What `train.zero` cannot know before the ranks know their devices.
+
+    Raises:
+        UserError: quantized messages on CPU, or gradients in 4 bits where not every card of a node has a rank.
+    """
+    zero = config.zero
+    if (zero.qwz or zero.qgz) and world.device.type != "cuda":
+        raise UserError(
+            "DeepSpeed has kernels for 8 and 4 bits on CUDA only", found=f"{', '.join(zero.extras)} on {world.device}",
+            expected="hardware.device=cuda", remedy="set zero=zero3",
+        )  # fmt: skip
+    if zero.qgz and torch.cuda.device_count() != config.hardware.ranks:
+        raise UserError(
+            "qgZ takes every card that it sees for a rank of the node, and would add up other ranks' gradients",
+            found=f"{torch.cuda.device_count()} cards, {config.hardware.ranks} ranks per node",
+            expected="as many ranks as cards", remedy="set CUDA_VISIBLE_DEVICES or hardware.ranks",
+        )  # fmt: skip
+
+
 def deepspeed_config(config: RunConfig, world: World, dtype: torch.dtype) -> dict[str, Any]:
     """DeepSpeed's own configuration of a run."""
     is_cuda = world.device.type == "cuda"
+    zero = config.zero
     stage: dict[str, Any] = {
-        "stage": config.zero.stage,
-        "reduce_bucket_size": config.zero.bucket_size,
-        "allgather_bucket_size": config.zero.bucket_size,
-        "overlap_comm": config.zero.overlap_comm and is_cuda,
+        "stage": zero.stage,
+        "reduce_bucket_size": zero.bucket_size,
+        "allgather_bucket_size": zero.bucket_size,
+        "overlap_comm": zero.overlap_comm and is_cuda,
         "contiguous_gradients": True,
+        "zero_hpz_partition_size": config.hardware.ranks if zero.hpz else 1,
+        "zero_quantized_weights": zero.qwz,
+        "zero_quantized_gradients": zero.qgz,
     }
+    for name, place in (("offload_optimizer", zero.offload_optimizer), ("offload_param", zero.offload_parameters)):
+        if place is not Offload.none:
+            stage[name] = {"device": place.value, "pin_memory": is_cuda}
+            if place is Offload.nvme:
+                # DeepSpeed names files by rank alone, and another run may use the same disk.
+                stage[name]["nvme_path"] = f"{zero.nvme_path}/{config.digest[:16]}"
     if config.zero.overlap_comm and not is_cuda:
         log.info("zero.overlap_comm has no effect on %s, which has no streams to overlap on", world.device)
     micro = config.hardware.micro_batch
@@ -142,9 +191,13 @@ def deepspeed_config(config: RunConfig, world: World, dtype: torch.dtype) -> dic
         "gradient_clipping": config.stage.clip_norm,
         "zero_optimization": stage,
         "zero_allow_untested_optimizer": True,
+        # An offloaded step, too, is taken by torch's AdamW: DeepSpeed's own for CPU is compiled on each machine.
+        "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": dtype == torch.bfloat16},
         "wall_clock_breakdown": False,
     }
+    if dtype == torch.bfloat16 and zero.stage < 3 and zero.offload_optimizer is not Offload.none:
+        log.info("the sums of a step's micro-batches wait on the host in bf16; under ZeRO-3 they would in fp32")
     if dtype == torch.bfloat16 and config.zero.stage >= 2:
         # Micro-batches are summed in fp32, at 4 bytes per value of this rank's part. DeepSpeed has no such mix for
         # stage 0, and would replace stage 1's optimizer by another class.

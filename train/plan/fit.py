@@ -8,12 +8,19 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import yaml
 
 from anchorformer.errors import UserError
-from train.config import Checkpointing, Device, EngineName, Precision, RunConfig
+from anchorformer.schema import parse
+from data.overrides import CONF
+from train.config import Checkpointing, Device, EngineName, LoraConfig, Part, Precision, RunConfig
 from train.plan.cards import named_card
 from train.plan.memory import Layout, Memory, MicroBatch, rank_memory
 from train.plan.shapes import Shapes, read_shapes
+from train.zero import ZeroConfig
 
 log = logging.getLogger(__name__)
 
@@ -23,11 +30,19 @@ STEP = 64
 COMFORTABLE = 2
 """Longest samples in a micro-batch below which another layout is recommended: dealing needs something to balance, and
 under ZeRO every micro-batch sends all gradients on their way."""
-LAYOUTS = ((2, False), (3, False), (2, True), (3, True))
-"""ZeRO stage and checkpointing in the order of their speed. Published for 7B on eight A800: 5.33, 4.95 and at most 4.69
-and 4.45, so that gathering weights costs less than computing layers twice."""
+LAYOUTS = (
+    ("zero2", False), ("zero3", False), ("zero2", True), ("zero3", True), ("zero2_offload", True),
+    ("zero3_offload", True),
+)  # fmt: skip
+"""A file of conf/zero and checkpointing, in the order of their speed. Published for 7B on eight A800: 5.33, 4.95 and at
+most 4.69 and 4.45, so that gathering weights costs less than computing layers twice; the host's memory is slower by far
+than a card's."""
 CHECKPOINT, SHORTEN, SHARD = "hardware.activation_checkpointing=on", "data.token_budget={}", "zero=zero3"
 """What makes a run need less memory, in the order in which it costs least."""
+OFFLOADS = ("zero2_offload", "zero3_offload")
+"""What else does, on the host."""
+ADAPTER = "lora=qlora stage.trains.language_model.lr=2e-4"
+"""What else does where the language model is trained: less of it is, on 4-bit weights."""
 MOST_RANKS = 4096
 
 
@@ -111,9 +126,9 @@ def choose(config: RunConfig, shapes: Shapes, limit: float | None) -> Choice:
 def recommend(config: RunConfig, shapes: Shapes, limit: float) -> Choice | None:
     """The fastest layout in which several of the longest samples fit together; failing that, one."""
     layouts = [
-        layout_of(config, zero=zero, checkpointing=checkpointing)
-        for zero, checkpointing in LAYOUTS
-        if config.world_size > 1 or zero == LAYOUTS[0][0]
+        layout_of(config, zero=_zero(config, name), checkpointing=checkpointing)
+        for name, checkpointing in LAYOUTS
+        if config.world_size > 1 or name != "zero3"  # which would share its weights with nobody
     ]
     for samples in (COMFORTABLE, 1):
         for layout in layouts:
@@ -130,46 +145,92 @@ def remedies(config: RunConfig, shapes: Shapes, limit: float) -> list[str]:
     needed = config.data.max_length if budget is None else min(budget, most_positions(config))
     changes = [CHECKPOINT] if not asked else []
     changes += [SHORTEN] if needed > config.data.max_length else []
-    changes += [SHARD] if config.world_size > 1 and config.zero.stage < 3 else []
+    can_shard = config.world_size > 1 and config.zero.stage < 3 and _goes(config, zero=_zero(config, "zero3"))
+    changes += [SHARD] if can_shard else []
     for size in range(1, len(changes) + 1):
         fitting = []
         for chosen in itertools.combinations(changes, size):
-            layout = layout_of(
-                config, checkpointing=asked or CHECKPOINT in chosen, zero=3 if SHARD in chosen else config.zero.stage
-            )
+            zero = _zero(config, "zero3") if SHARD in chosen else config.zero
+            layout = layout_of(config, zero=zero, checkpointing=asked or CHECKPOINT in chosen)
             room = largest_budget(config, shapes, layout, limit)
             if room >= (config.data.max_length if SHORTEN in chosen else needed):
                 fitting.append(" ".join(chosen).format(room // STEP * STEP))
         if fitting:
             return fitting
-    return _larger(config, shapes, limit)
+    return [*_elsewhere(config, shapes, limit), *_larger(config, shapes, limit)]
+
+
+def _elsewhere(config: RunConfig, shapes: Shapes, limit: float) -> list[str]:
+    """What fits with the state on the host, or with an adapter in place of the language model."""
+    longest = config.data.max_length
+    given = [] if config.data.token_budget is None else [f"data.token_budget={longest}"]
+    found = []
+    for name in OFFLOADS:
+        zero = _zero(config, name)
+        layout = layout_of(config, zero=zero, checkpointing=True)
+        if _goes(config, zero=zero) and largest_budget(config, shapes, layout, limit) >= longest:
+            found.append(" ".join([f"zero={name}", CHECKPOINT, *given]))
+            break
+    adapter = {**_yaml("lora/default")["lora"], **_yaml("lora/qlora")["lora"]}
+    adapted = replace(config.stage, lora=parse(LoraConfig, adapter, "conf/lora"))
+    if Part.language_model in config.stage.whole_parts and _goes(config, stage=adapted, zero=_zero(config, "zero2")):
+        smaller = replace(config, stage=adapted, zero=_zero(config, "zero2"))
+        layout = layout_of(smaller, checkpointing=True)
+        if largest_budget(smaller, shapes, layout, limit) >= longest:
+            found.append(" ".join([ADAPTER, "zero=zero2", CHECKPOINT, *given]))
+    return found
 
 
 def _larger(config: RunConfig, shapes: Shapes, limit: float) -> list[str]:
-    least = replace(layout_of(config, checkpointing=True), zero=3 if config.world_size > 1 else config.zero.stage)
+    sharded = _zero(config, "zero3")
+    least = layout_of(config, zero=sharded if config.world_size > 1 else config.zero, checkpointing=True)
     need = memory_at(config, shapes, least, config.data.max_length).total
     found = [f"a card of at least {math.ceil(need / GB)} GB with hardware.activation_checkpointing=on"]
     ranks = config.world_size
     while ranks < MOST_RANKS:
         ranks *= 2
-        sharded = replace(least, zero=3, ranks=ranks)
-        if memory_at(config, shapes, sharded, config.data.max_length).total <= limit:
+        wider = replace(layout_of(config, zero=sharded, checkpointing=True), ranks=ranks)
+        if memory_at(config, shapes, wider, config.data.max_length).total <= limit:
             found.append(f"{ranks} ranks with zero=zero3 hardware.activation_checkpointing=on")
             break
     return found
 
 
-def layout_of(config: RunConfig, *, checkpointing: bool, zero: int | None = None) -> Layout:
+def _zero(config: RunConfig, name: str) -> ZeroConfig:
+    """What the file of conf/zero would be in this run."""
+    own = {"overlap_comm": config.zero.overlap_comm, "bucket_size": config.zero.bucket_size}
+    return parse(ZeroConfig, {**own, **_yaml(f"zero/{name}")}, f"conf/zero/{name}.yaml")
+
+
+@cache
+def _yaml(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load((CONF / f"{name}.yaml").read_text())
+    return content
+
+
+def _goes(config: RunConfig, **changes: Any) -> bool:
+    """Whether the config may say so, whatever it needs of memory."""
+    try:
+        replace(config, **changes)
+    except UserError:
+        return False
+    return True
+
+
+def layout_of(config: RunConfig, *, checkpointing: bool, zero: ZeroConfig | None = None) -> Layout:
     """How a rank of this run holds its state."""
     is_plain = config.engine is EngineName.plain
-    stage = 0 if is_plain else config.zero.stage if zero is None else zero
+    zero = config.zero if zero is None else zero
+    stage = 0 if is_plain else zero.stage
     has_streams = config.hardware.device is not Device.cpu
     halves = config.hardware.precision is Precision.bf16 or (
         config.hardware.precision is Precision.auto and has_streams
     )
     return Layout(
         ranks=config.world_size, zero=stage, value_bytes=2 if halves else 4, checkpointing=checkpointing,
-        bucket=config.zero.bucket_size, buckets=2 if config.zero.overlap_comm and has_streams and stage < 3 else 1,
+        bucket=zero.bucket_size, buckets=2 if zero.overlap_comm and has_streams and stage < 3 else 1,
+        node_ranks=config.hardware.ranks, optimizer=zero.offload_optimizer, parameters=zero.offload_parameters,
+        hpz=zero.hpz,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from train.config import LoraConfig, Part
 from train.plan.adapter import NF4, adapter_kept, adapter_values
 from train.plan.connectors import FP32
 from train.plan.shapes import Shapes, TextShape, VisionShape
+from train.zero import Offload
 
 MASTER_AND_MOMENTS = 12
 """Bytes per trained value: fp32 weight and AdamW's two moments."""
@@ -16,6 +17,8 @@ ZERO3_REUSE = 1_000_000_000
 """DeepSpeed's stage3_max_reuse_distance: parameters that the pass needs again within so many are not given back."""
 ZERO3_PREFETCH = 50_000_000
 """DeepSpeed's stage3_prefetch_bucket_size, in parameters."""
+SUBGROUP, SWAP_BUFFERS = 1_000_000_000, 4
+"""DeepSpeed's sub_group_size, in values, which it swaps at a time, and the buffers it does that with."""
 LOSS_CHUNK = 2 * 2**26
 """Cross-entropy (`anchorformer.kernels.cross_entropy`) takes 64 MiB of fp32 logits at a time, and their exponential."""
 CONTEXT = 1_500_000_000
@@ -33,6 +36,9 @@ class Layout:
         checkpointing: whether the language model's layers are computed again in backward.
         bucket: elements of a gradient bucket.
         buckets: how many of them there are; two where reduction overlaps with backward.
+        node_ranks: of one node.
+        optimizer, parameters: where they are offloaded to.
+        hpz: whether each node keeps all weights once more.
         lean: whether norms, gates and cross-entropy keep as little as `anchorformer.lean` makes them keep.
     """
 
@@ -42,6 +48,10 @@ class Layout:
     checkpointing: bool
     bucket: int
     buckets: int
+    node_ranks: int = 1
+    optimizer: Offload = Offload.none
+    parameters: Offload = Offload.none
+    hpz: bool = False
     lean: bool = True
 
 
@@ -103,9 +113,7 @@ def rank_memory(
     Raises:
         UserError: an adapted layer whose shape is not written down here.
     """
-    counts = shapes.parameters
-    adapter = adapter_values(shapes.text, lora) if lora else 0
-    total, trained = sum(counts.values()) + adapter, sum(counts[part] for part in trains) + adapter
+    total, trained = value_counts(shapes, trains, lora)
     weights, optimizer, gradients = _state(shapes.text, layout, total, trained)
     if lora and lora.quantize:
         weights -= (layout.value_bytes - NF4) * shapes.text.layers * shapes.text.matrices
@@ -116,6 +124,52 @@ def rank_memory(
     )  # fmt: skip
 
 
+def value_counts(shapes: Shapes, trains: Collection[Part], lora: LoraConfig | None) -> tuple[int, int]:
+    """All values of a model with its adapter, and those of them that are trained.
+
+    Raises:
+        UserError: see `rank_memory`.
+    """
+    counts = shapes.parameters
+    adapter = adapter_values(shapes.text, lora) if lora else 0
+    return sum(counts.values()) + adapter, sum(counts[part] for part in trains) + adapter
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostMemory:
+    """Bytes of one rank off its card.
+
+    Attributes:
+        memory: of the host.
+        disk: on NVMe.
+    """
+
+    memory: float
+    disk: float
+
+
+def host_memory(shapes: Shapes, trains: Collection[Part], layout: Layout, lora: LoraConfig | None = None) -> HostMemory:
+    """What offloading keeps of a rank elsewhere; page-locked, but for the files.
+
+    Raises:
+        UserError: see `rank_memory`.
+    """
+    total, trained = value_counts(shapes, trains, lora)
+    size, mine, memory, disk = layout.value_bytes, trained / layout.ranks, 0.0, 0.0
+    if layout.optimizer is Offload.cpu:
+        # Weights, moments and gradient in fp32; below stage 3 also what the step sums up and what it sends back.
+        memory += (MASTER_AND_MOMENTS + FP32 + (2 * size if layout.zero < 3 else size)) * mine
+    elif layout.optimizer is Offload.nvme:
+        disk += (MASTER_AND_MOMENTS + FP32) * mine
+        memory += (SWAP_BUFFERS * FP32 + FP32) * min(mine, SUBGROUP)
+    if layout.parameters is Offload.cpu:
+        memory += size * total / layout.ranks
+    elif layout.parameters is Offload.nvme:
+        disk += size * total / layout.ranks
+        memory += size * min(total / layout.ranks, ZERO3_REUSE)
+    return HostMemory(memory=memory, disk=disk)
+
+
 def _state(text: TextShape, layout: Layout, total: int, trained: int) -> tuple[float, float, float]:
     """Weights, optimizer and gradients, as `train.engine` makes DeepSpeed hold them."""
     size, mine = layout.value_bytes, trained / layout.ranks
@@ -124,14 +178,20 @@ def _state(text: TextShape, layout: Layout, total: int, trained: int) -> tuple[f
         # At the turn from forward to backward the way to a parameter and back again is within the distance for half of
         # it. Besides: the layer being computed, and the one being fetched.
         live = ZERO3_REUSE / 2 + text.matrices + ZERO3_PREFETCH
-        weights = weights / layout.ranks + size * min(live, total)
+        shard = weights / layout.ranks if layout.parameters is Offload.none else 0.0
+        copy = weights / layout.node_ranks if layout.hpz else 0.0
+        weights = shard + copy + size * min(live, total)
     if layout.zero == 0:
         # In fp32 the weights themselves are what the optimizer updates.
         optimizer: float = (MASTER_AND_MOMENTS if size < FP32 else MASTER_AND_MOMENTS - FP32) * trained
         gradients: float = (size + FP32) * trained if size < FP32 else size * trained
     else:
-        optimizer = MASTER_AND_MOMENTS * mine
-        gradients = (FP32 * mine if layout.zero >= 2 else size * trained) + layout.buckets * layout.bucket * size
+        is_offloaded = layout.optimizer is not Offload.none
+        optimizer = 0.0 if is_offloaded else MASTER_AND_MOMENTS * mine
+        sums = 0.0 if is_offloaded and layout.zero >= 2 else FP32 * mine if layout.zero >= 2 else size * trained
+        # Below stage 3 the sums come back from the host one tensor at a time.
+        window = size * text.vocabulary * text.width if is_offloaded and layout.zero < 3 else 0
+        gradients = sums + layout.buckets * layout.bucket * size + window
     return weights, optimizer, gradients
 
 

@@ -34,9 +34,13 @@ MAY_CHANGE = {
 cut and computed, and whether samples are read from files or from their sharded copy, because the next machine may be
 another; what happens to bad images, because who meets one must be able to go on."""
 
-CAME_LATER = {"stage": ("lora",)}
-"""Keys that older configurations do not have: null, they are left out of hashes, so that a run that was begun before
-them goes on, and a trial of a sweep keeps its id."""
+CAME_LATER: dict[str, dict[str, Any]] = {
+    "stage": {"lora": None},
+    "zero": {"offload_optimizer": "none", "offload_parameters": "none", "nvme_path": None, "hpz": False, "qwz": False,
+             "qgz": False},
+}  # fmt: skip
+"""Keys that older configurations do not have, and what they mean there: then they are left out of hashes, so that a run
+that was begun before them goes on, and a trial of a sweep keeps its id."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +84,11 @@ def numbers(config: RunConfig) -> dict[str, Any]:
 
 
 def hashed(config: RunConfig) -> dict[str, Any]:
-    """The values of a configuration as they are hashed: without those of `CAME_LATER` that are null."""
+    """The values of a configuration as they are hashed: without those of `CAME_LATER` that say what was so before."""
     plain: dict[str, Any] = to_plain(config)
-    for group, keys in CAME_LATER.items():
-        for key in keys:
-            if plain[group][key] is None:
+    for group, before in CAME_LATER.items():
+        for key, value in before.items():
+            if plain[group][key] == value:
                 del plain[group][key]
     return plain
 

@@ -1,4 +1,4 @@
-"""Says before anything is loaded what a run needs: memory, arithmetic, hours and cost; fails if it does not fit.
+"""Says before anything is loaded what a run needs: memory, links, hours and cost; fails if it does not fit.
 
 `python -m train plan experiment=... hardware=... [stage=...] [key=value ...]`; without a stage both are planned, and
 neither data nor a start model has to be there. What cannot be known is said by flags: --mfu=0.4 (share of the peak),
@@ -9,13 +9,18 @@ neither data nor a start model has to be there. What cannot be known is said by 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from anchorformer.errors import UserError
 from train.compose import compose
 from train.config import StageName
-from train.plan.table import Assumptions, plan_stage, render
+from train.plan.course import Assumptions
+from train.plan.dealing import read_lengths
+from train.plan.table import plan_stage, render
 
 NOT_THERE_YET = "not-there-yet"
+MEAN = ("text", "supervised", "images")
+"""Flags that describe a mean sample."""
 
 
 def main(arguments: list[str]) -> int:
@@ -45,13 +50,27 @@ def _read(arguments: list[str]) -> tuple[list[str], Assumptions]:
     parser = argparse.ArgumentParser(prog="python -m train plan", add_help=False)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--mfu", type=float, default=0.4)
-    for name in ("price", "text", "supervised", "tiles"):
+    for name in ("price", *MEAN, "tiles", "network", "disk"):
         parser.add_argument(f"--{name}", type=float)
     parser.add_argument("--samples", type=int)
-    parser.add_argument("--images", type=float, default=1.0)
-    values = vars(parser.parse_intermixed_args(arguments))
+    parser.add_argument("--lengths", type=Path)
+    # What was not given has its default in Assumptions.
+    values = {key: value for key, value in vars(parser.parse_intermixed_args(arguments)).items() if value is not None}
     if not 0 < values["mfu"] <= 1:
         raise UserError(
             "--mfu is a share of the peak", found=values["mfu"], expected="above 0, at most 1", remedy="e.g. --mfu=0.4"
         )
+    for name in {"price", "network", "disk", "tiles", "samples"} & values.keys():
+        if not values[name] > 0:
+            raise UserError(
+                f"--{name} is no amount", found=values[name], expected="above 0", remedy="correct or drop it"
+            )
+    if "lengths" in values:
+        mean = sorted({*MEAN} & values.keys())
+        if mean:
+            raise UserError(
+                "a mean sample and counted ones are two answers to one question", found=f"--lengths and --{mean[0]}",
+                expected="one of them", remedy=f"drop --{mean[0]}",
+            )  # fmt: skip
+        values["lengths"] = read_lengths(values["lengths"])
     return values.pop("overrides"), Assumptions(**values)
