@@ -91,7 +91,21 @@ def train(run: Run) -> None:
     """
     before_first_step(run)
     checkpoint.abandon_newer(run.folder.state, run.world, run.first)
-    loop = Loop(run)
+    with Loop(run) as loop:
+        take_steps(run, loop)
+    run.progress.enter(Phase.export)
+    export(run)
+    with together(run.world, run.folder.done):
+        if run.world.is_main:
+            write_atomically(run.folder.done, f"{run.total_steps} steps\n")
+
+
+def take_steps(run: Run, loop: Loop) -> None:
+    """The steps that lie ahead, with a checkpoint wherever one is due, and behind the last step where a signal asks.
+
+    Raises:
+        UserError, TrainingHalted, Interrupted: as `train`.
+    """
     saved = run.first
     try:
         for step in range(run.first + 1, run.total_steps + 1):
@@ -112,15 +126,12 @@ def train(run: Run) -> None:
                 write_atomically(run.folder.interrupted, f"{stop}\n")
         raise
     loop.finish()
-    run.progress.enter(Phase.export)
-    export(run)
-    with together(run.world, run.folder.done):
-        if run.world.is_main:
-            write_atomically(run.folder.done, f"{run.total_steps} steps\n")
 
 
 class Loop:
     """Takes one optimizer step after the other, each under its guards and with a line in the records.
+
+    A context manager around all of them, so that none of its tools outlives a step that fails.
 
     Attributes:
         frozen: proves that frozen parameters stay.
@@ -133,6 +144,12 @@ class Loop:
         self._stopwatch = Stopwatch(run.engine.model, run.world.device)
         self._tracer = Tracer(run)
         self._batches_of_steps = iter(run.steps)
+
+    def __enter__(self) -> Loop:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._tracer.__exit__(*exception)
 
     def advance(self, step: int) -> None:
         """Takes one step.

@@ -39,16 +39,20 @@ def run_of(folder: Path, profile: str | None, first: int = 0) -> Run:
     return cast(Run, run)
 
 
-def take(run: Run, stop_in: int | None = None, fail_in: int | None = None) -> None:
+def take(
+    run: Run, stop_in: int | None = None, fail_in: int | None = None, fail_behind: int | None = None
+) -> None:  # fmt: skip
     """Steps of one addition each."""
-    tracer = Tracer(run)
-    for step in range(run.first + 1, 10):
-        with tracer.step(step), record_function(f"taking {step}"):
-            if step == stop_in:
-                raise Interrupted(step - 1, "SIGTERM")
-            if step == fail_in:
+    with Tracer(run) as tracer:
+        for step in range(run.first + 1, 10):
+            with tracer.step(step), record_function(f"taking {step}"):
+                if step == stop_in:
+                    raise Interrupted(step - 1, "SIGTERM")
+                if step == fail_in:
+                    raise ValueError("planted")
+                torch.ones(2) + 1
+            if step == fail_behind:
                 raise ValueError("planted")
-            torch.ones(2) + 1
 
 
 @pytest.mark.parametrize(
@@ -122,10 +126,11 @@ def test_an_interruption_leaves_the_steps_before_it(tmp_path: Path) -> None:
         assert not torch.autograd._profiler_enabled()
 
 
-def test_a_failure_stops_the_profiler(tmp_path: Path) -> None:
-    """Or the process would end by SIGSEGV, whatever its exit code was to say."""
+@pytest.mark.parametrize("failure", [{"fail_in": 4}, {"fail_behind": 4}])
+def test_a_failure_stops_the_profiler(tmp_path: Path, failure: dict[str, int]) -> None:
+    """In a step or between two, as a checkpoint may; or the process would end by SIGSEGV, whatever it was to say."""
     with pytest.raises(ValueError, match="planted"):
-        take(run_of(tmp_path, "step:3-6"), fail_in=4)
+        take(run_of(tmp_path, "step:3-6"), **failure)
     assert not torch.autograd._profiler_enabled()
     assert not [*tmp_path.rglob("*.gz")]
 

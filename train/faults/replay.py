@@ -63,15 +63,15 @@ def replay(run: Run, order: Order) -> None:
         TrainingHalted: a step on the way halts the run, and did not.
     """
     expected = order.recorded
-    loop = Loop(run)
-    for step in range(run.first + 1, order.step + 1):
-        try:
-            loop.advance(step)
-        except TrainingHalted as halt:
-            if step < order.step or expected is not None:
-                raise
-            log.info("step %d halts the run again: %s", step, halt)
-            return
+    with Loop(run) as loop:
+        for step in range(run.first + 1, order.step + 1):
+            try:
+                loop.advance(step)
+            except TrainingHalted as halt:
+                if step < order.step or expected is not None:
+                    raise
+                log.info("step %d halts the run again: %s", step, halt)
+                return
     verdict: UserError | None = None
     if run.world.is_main:
         verdict = _difference(recorded_steps(run.folder)[order.step], expected, order)

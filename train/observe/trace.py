@@ -40,13 +40,22 @@ class Tracer:
             log.info("profile=step:%s lies behind step %d, from which the run goes on: nothing is traced",
                      span, run.first)  # fmt: skip
         self._profiler: profile | None = None
+        self._is_running = False
+
+    def __enter__(self) -> Tracer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Gives up a trace that is not finished: in or between its steps something else has ended the run."""
+        if self._profiler is not None and self._is_running:
+            # A process that ends while it is being profiled ends with SIGSEGV. A card that has failed may refuse; what
+            # it has failed with is the error to be seen.
+            with suppress(RuntimeError):
+                self._profiler.stop_trace()
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
-        """The block that takes a step.
-
-        An interruption leaves the trace of the steps before it; what else goes wrong, none.
-        """
+        """The block that takes a step; an interruption leaves the trace of the steps before it."""
         if step in (self._steps.start - 1, self._steps.start) and self._steps and self._profiler is None:
             self._profiler = self._prepared()
         if self._profiler is None or step not in self._steps:
@@ -54,18 +63,13 @@ class Tracer:
             return
         if step == self._steps.start:
             self._profiler.start_trace()
+            self._is_running = True
         try:
             # The name by which tools that compare traces find the steps in them.
             with record_function(f"ProfilerStep#{step}"):
                 yield
         except Interrupted:
             self._stop(step - 1)
-            raise
-        except BaseException:
-            # A process that ends while it is being profiled ends with SIGSEGV. A card that has failed may refuse; what
-            # it has failed with is the error to be seen.
-            with suppress(RuntimeError):
-                self._profiler.stop_trace()
             raise
         if step == self._steps[-1]:
             self._stop(step)
@@ -80,6 +84,7 @@ class Tracer:
     def _stop(self, last: int) -> None:
         assert self._profiler is not None
         self._profiler.stop_trace()
+        self._is_running = False
         if last >= self._steps.start:
             self._run.progress.enter(Phase.trace)
             taken = Span(self._steps.start, last)
