@@ -180,7 +180,7 @@ def test_a_cut_link_ends_both_nodes(make_run: MakeRun, on_two_addresses: Nodes, 
     boxes = [json.loads(path.read_text()) for path in run.black_boxes.glob("rank_*.json")]
     assert [box["cause"] for box in boxes] == ["hung", "hung"]
     assert all("look at the network between them" in box["message"] for box in boxes)
-    assert "its agent cannot reach the otits_node: it leaves" in outputs[1], "by itself it would wait for ever"
+    assert "its agent cannot reach the others: it leaves" in outputs[1], "by itself it would wait for ever"
     assert all(any("torch/distributed" in line for line in box["stacks"]) for box in boxes)
     assert noticed < 60
     assert left < 90, outputs
@@ -190,7 +190,7 @@ def test_a_cut_link_ends_both_nodes(make_run: MakeRun, on_two_addresses: Nodes, 
 def test_a_cut_that_heals_costs_a_restart(
     make_run: MakeRun, on_two_addresses: Nodes, namespaces: list[str], pair: Ranks
 ) -> None:
-    """With restarts left a node that is cut off waits for the otits_node, and both go on when they are there again."""
+    """With restarts left a node that is cut off waits for the others, and both go on when they are there again."""
     alone = on_one_node(make_run, "alone", FINETUNE, **TWO_NODES)
     pair.run(run_whole, folder=str(alone.path))
     run = make_run("healed", FINETUNE, **TWO_NODES, watchdog__step_seconds=5.0, watchdog__startup_seconds=90.0,
