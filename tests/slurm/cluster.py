@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from train.compose import ROOT
+
 PACKAGES = "slurmctld slurmd slurm-client munge slurm-wlm-basic-plugins"
 NETWORK = "10.78.0"
 CONTROLLER, NODES = "afctl", ("afnode1", "afnode2")
@@ -106,8 +108,8 @@ class Cluster:
     def try_to(self, *words: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
         """A command on the controller, however it ends."""
         return subprocess.run(
-            [*self.inside(CONTROLLER), *map(str, words)], env={**self.environment, **variables}, capture_output=True,
-            text=True,
+            [*self.inside(CONTROLLER), *map(str, words)], env={**self.environment, **variables}, cwd=ROOT,
+            capture_output=True, text=True,
         )  # fmt: skip
 
     def facts(self, job: str) -> Mapping[str, str]:
