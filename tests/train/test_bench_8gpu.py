@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).parents[2] / "launch" / "bench_8gpu.sh"
 
 def bench(*words: str, **settings: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHON": sys.executable, **settings}
-    return subprocess.run([str(SCRIPT), *words], capture_output=True, text=True, env=env, cwd="/", timeout=300)
+    return subprocess.run([str(SCRIPT), *words], capture_output=True, text=True, env=env, cwd="/", timeout=900)
 
 
 def test_thirty_steps_of_both_stages_under_both_zeros_on_eight_cards() -> None:
