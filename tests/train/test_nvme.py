@@ -1,9 +1,12 @@
-"""Optimizer and weights in files: the same steps and the same state; needs libaio's header, g++ and ninja."""
+"""Optimizer and weights in files: the same steps and the same state.
+
+Asked for by ANCHORFORMER_NVME, a folder on the disk; DeepSpeed compiles its access to it, with libaio's header, g++ and
+ninja (apt-get install libaio-dev g++ ninja-build), which takes minutes. Not run through yet.
+"""
 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,14 +19,12 @@ from tests.train.ranks import Ranks
 from train.distributed import World, alone
 
 EXTENSIONS = Path(__file__).parents[2] / ".cache" / "torch_extensions"
-HEADERS = ("/usr/include/libaio.h", "/usr/local/include/libaio.h")
 LEAST = 1024
 """Bytes of a tensor that is swapped here; DeepSpeed leaves less than a megabyte in memory."""
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        not any(map(os.path.exists, HEADERS)) or not shutil.which("g++") or not shutil.which("ninja"),
-        reason="DeepSpeed compiles its NVMe access: apt-get install libaio-dev g++ ninja-build",
+        "ANCHORFORMER_NVME" not in os.environ, reason="ANCHORFORMER_NVME=<folder on a disk> asks for it"
     ),
 ]
 PLACES: dict[str, dict[str, Any]] = {
@@ -77,7 +78,8 @@ def swappers() -> Any:
 
 @pytest.mark.parametrize("name", PLACES)
 def test_steps_from_files_agree_and_survive(swappers: Ranks, tiny_folder: Path, tmp_path: Path, name: str) -> None:
-    zero = PLACES[name] | {"nvme_path": str(tmp_path / "nvme")}
+    disk = Path(os.environ["ANCHORFORMER_NVME"]) / tmp_path.name
+    zero = PLACES[name] | {"nvme_path": str(disk)}
     given = {"folder": str(tiny_folder), "zero": zero, "path": os.environ["PATH"]}
     (taken, weights), _ = swappers.run(three_steps, **given)
     expected, expected_weights = offload.three_steps(alone(), str(tiny_folder), {}, offload.ALL)
@@ -87,7 +89,7 @@ def test_steps_from_files_agree_and_survive(swappers: Ranks, tiny_folder: Path, 
     for key, value in weights.items():
         assert value.sub(expected_weights[key]).abs().max() <= 2e-6, key
     assert set(weights) == set(expected_weights)
-    assert list((tmp_path / "nvme").rglob("*.swp")), "something was swapped"
+    assert list(disk.rglob("*.swp")), "something was swapped"
 
     for told, read in swappers.run(save_and_load, out=str(tmp_path), **given):
         assert told == read
