@@ -20,7 +20,7 @@ from train.sweep.trial import State, TrialFolder
 
 pytestmark = pytest.mark.slurm
 
-SECONDS = 300
+SECONDS = 600
 """Longest wait for anything; a start of two nodes takes most of it, where the machine does other things."""
 SHORT = ["hardware.micro_batch=1", "stage.global_batch=4", "stage.epochs=null", "stage.max_steps=60"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -44,13 +45,18 @@ def test_deepspeeds_launcher_without_ssh(make_run: MakeRun, pair: Ranks, tmp_pat
              f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}", "--no_local_rank", "--module",
              "train.rank", run.path],
             cwd=ROOT, env=environment(run.read_config(), os.environ), text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stderr=subprocess.STDOUT, start_new_session=True,
         )
         for node in (0, 1)
     ]  # fmt: skip
-    for node in nodes:
-        said, _ = node.communicate(timeout=240)
-        assert node.returncode == 0, said
+    try:
+        for node in nodes:
+            said, _ = node.communicate(timeout=600)
+            assert node.returncode == 0, said
+    finally:
+        for node in nodes:
+            if node.poll() is None:
+                os.killpg(node.pid, signal.SIGKILL)  # its launcher would leave the ranks behind
     assert run.done.exists()
     alone = make_run("alone", FINETUNE, **changes, hardware__ranks=2)
     pair.run(run_whole, folder=str(alone.path))
