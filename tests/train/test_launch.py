@@ -183,7 +183,7 @@ def test_several_nodes_compose_once_and_compare(
     assert {"--nnodes=2", "--rdzv-endpoint=node0:29400", "--rdzv-conf=is_host=0", "--local-addr=10.0.0.2"} <= set(argv)
     assert f"--rdzv-id={digest[:16]}.1" in argv, "the same on all nodes, another for the next launch"
     assert f"# {shlex.join(argv)}\n" in printed
-    assert "# stage align: 4 rank(s), fp32, ZeRO-2" in printed
+    assert "# stage align: 4 rank(s) in 2 nodes, fp32, ZeRO-2" in printed
     assert (env["GLOO_SOCKET_IFNAME"], env["NCCL_SOCKET_IFNAME"]) == ("ib0", "=ib0")
 
 
@@ -339,7 +339,7 @@ def test_scripts_say_what_they_are_for(script: Path) -> None:
     ("script", "words", "expected"),
     [("cpu.sh", "", ["--nproc-per-node=2", "# stage align: 2 rank(s), fp32, ZeRO-2"]),
      ("one_gpu.sh", "", ["--nproc-per-node=1", "# stage align: 1 rank(s), bf16, ZeRO-2"]),
-     ("slurm.sbatch", "hardware=a100x8_2nodes", ["--nnodes=2", "# stage align: 16 rank(s) of a100-80gb, bf16"])],
+     ("slurm.sbatch", "hardware=a100x8_2nodes", ["--nnodes=2", "# stage align: 16 rank(s) in 2 nodes of a100-80gb, bf16"])],
 )  # fmt: skip
 def test_a_dry_run_prints_the_config_the_command_and_the_plan(script: str, words: str, expected: list[str]) -> None:
     before = set((ROOT / "checkpoints").iterdir())
