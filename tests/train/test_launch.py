@@ -339,7 +339,7 @@ def test_scripts_say_what_they_are_for(script: Path) -> None:
     ("script", "words", "expected"),
     [("cpu.sh", "", ["--nproc-per-node=2", "# stage align: 2 rank(s), fp32, ZeRO-2"]),
      ("one_gpu.sh", "", ["--nproc-per-node=1", "# stage align: 1 rank(s), bf16, ZeRO-2"]),
-     ("slurm.sbatch", "hardware=a100x8_2nodes", ["--nnodes=2", "# stage align: 16 rank(s) in 2 nodes of a100-80gb, bf16"])],
+     ("slurm.sbatch", "hardware=a100x8_2nodes", ["--nnodes=2", "# stage align: 16 rank(s) in 2 nodes of a100-80gb"])],
 )  # fmt: skip
 def test_a_dry_run_prints_the_config_the_command_and_the_plan(script: str, words: str, expected: list[str]) -> None:
     before = set((ROOT / "checkpoints").iterdir())
