@@ -71,6 +71,13 @@ class CommandLine:
         for override in parsed:
             key = override.key_or_group
             if key in groups:
+                if override.value() is None and not override.is_delete():
+                    raise UserError(
+                        f"{key}=null names no file",
+                        found=f"{key}=null",
+                        expected=f"one of {', '.join(groups[key])}",
+                        remedy=f"leave {key} out, or name one of them",
+                    )
                 for name in values(override):
                     check_option(key, name, groups[key], self.remedies.get(key, f"name a file of conf/{key}"))
             elif key not in self.keys and not _is_declared(key.split("."), self.schema):

@@ -128,6 +128,7 @@ CONFIGS = [
 ]  # fmt: skip
 
 OVERRIDES = [
+    _override(TRAIN, "experiment=null", says=("experiment=null names no file", "paper_7b", "leave experiment out")),
     _override(TRAIN, "stage=pretrain", says=("'pretrain'", "align, finetune")),
     _override(TRAIN, "hardware=a100x9", "stage=align", says=("a100x9", "'a100x8'")),
     _override(TRAIN, "zero=zero4", "stage=align", says=("zero4", "zero3")),
