@@ -76,11 +76,10 @@ def find_link(head: str, port: int, node: int, address: str | None, variables: M
 
 
 def own_addresses() -> dict[str, str]:
-    """Address -> interface, of the interfaces of this machine that are up."""
-    up = {name for name, facts in psutil.net_if_stats().items() if facts.isup}
+    """Address -> interface, of this machine; one that has just come up has no carrier for a moment, and counts."""
     return {
         entry.address.partition("%")[0]: name
-        for name, entries in psutil.net_if_addrs().items() if name in up
+        for name, entries in psutil.net_if_addrs().items()
         for entry in entries if entry.family in (socket.AF_INET, socket.AF_INET6)
     }  # fmt: skip
 
