@@ -37,6 +37,6 @@ def _plan(config: RunConfig) -> list[str]:
         plan = plan_stage(config)
     except UserError as error:
         return [f"no plan: {error.what} ({error.found})"]
-    _, assumed = planning._read([])
+    _, assumed = planning.read([])
     remedies = [f"remedy: {'; or '.join(plan.remedies)}"] if plan.remedies else []
     return [*render(plan, assumed).splitlines(), *remedies]

@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
     Raises:
         UserError: a stage that does not fit, with what would; and what `compose` and `plan_stage` raise.
     """
-    overrides, assumed = _read(arguments)
+    overrides, assumed = read(arguments)
     keys = {text.split("=", 1)[0].lstrip("+") for text in overrides}
     stages = [[]] if "stage" in keys else [[f"stage={stage.value}"] for stage in StageName]
     start = [] if "init_from" in keys else [f"init_from={NOT_THERE_YET}"]
@@ -46,7 +46,12 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _read(arguments: list[str]) -> tuple[list[str], Assumptions]:
+def read(arguments: list[str]) -> tuple[list[str], Assumptions]:
+    """The overrides among a plan's words, and what its flags, or their defaults, assume.
+
+    Raises:
+        UserError: a flag whose value means nothing, or two that contradict each other.
+    """
     parser = argparse.ArgumentParser(prog="python -m train plan", add_help=False)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--mfu", type=float, default=0.4)
