@@ -408,6 +408,7 @@ def test_a_dry_run_of_a_sweep_prints_its_first_runs_and_all_points(tmp_path: Pat
         "model.selector.num_anchors=5",
         "model.connector.depth=1,2",
         f"output_root={tmp_path}",
+        "data.root=/no/world",
     ]
     done = run_script(str(ROOT / "launch" / "sweep.sh"), "--dry-run", *words)
     assert done.returncode == 0, done.stderr
@@ -415,7 +416,7 @@ def test_a_dry_run_of_a_sweep_prints_its_first_runs_and_all_points(tmp_path: Pat
     assert first.startswith("+ ")
     assert line.startswith(f"run: {words[0].removeprefix('sweep=')}")
     assert done.stdout.count("-m train.rank") == 2, "its align and its finetune"
-    assert done.stdout.count("# no plan: the shape of") == 2, "the mini world is made when it is first used"
+    assert done.stdout.count("# no plan: the shape of") == 2, "its backbones are not there yet"
     assert "2 points, 2 trials, 2 stages 1; 4 of these would run" in done.stdout
     assert not list(tmp_path.iterdir())
 
