@@ -59,8 +59,7 @@ def killed_in_save(world: World, folder: str) -> None:
     run_until(world, folder)
 
 
-@pytest.mark.loopback
-@pytest.mark.parametrize("zero", [2, 3])
+@pytest.mark.parametrize("zero", [pytest.param(2, marks=pytest.mark.loopback), 3])
 def test_a_kill_in_the_middle_of_a_save(
     pair: Ranks, make_run: MakeRun, zero: int  # noqa: F811
 ) -> None:  # fmt: skip

@@ -64,7 +64,6 @@ def test_killed_and_started_again(make_run: MakeRun, launch: Launch, pair: Ranks
     assert [(run.model / name).read_bytes() for name in files] == [(whole.model / name).read_bytes() for name in files]
 
 
-@pytest.mark.loopback
 def test_killed_without_restarts(make_run: MakeRun, launch: Launch) -> None:
     run = make_run("killed", FINETUNE, **PAIR)
     started = launch(run, "killed", rank=1, step=7)
