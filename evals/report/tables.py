@@ -38,7 +38,7 @@ def training(entries: Sequence[Entry]) -> Table:
     return _named(entries, [entry for entry, _ in _stages(entries)], Table(
         "training", "Training", columns, rows,
         f"Losses are means over the first and the last {figures.WINDOW} steps, per supervised token. Seconds are those "
-        "of the steps, memory is the most that rank 0 has held.",
+        "of the steps, memory is the most that any rank has held.",
     ))  # fmt: skip
 
 
