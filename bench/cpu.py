@@ -15,7 +15,9 @@ from transformers.utils import logging as transformers_logging
 from bench.runner import Size
 from bench.table import Sheet, text
 
-SECTIONS = ("selection", "packing", "loader", "head", "activations", "connector", "vision", "records", "step")
+SECTIONS = (
+    "selection", "packing", "loader", "head", "attention", "activations", "connector", "vision", "records", "step",
+)  # fmt: skip
 """Modules with `rows(size)`, the cheap ones first."""
 
 COLUMNS = ("name", "unit", "old", "new", "ratio", "goal_ratio", "goal", "met", "equal")

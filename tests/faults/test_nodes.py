@@ -165,15 +165,21 @@ def test_a_killed_rank_ends_both_nodes_and_the_same_command_goes_on(
     assert losses(run) == pytest.approx(losses(alone), rel=CLOSE)
 
 
+def cut_off(namespace: str, run: RunFolder) -> float:
+    """Takes the second node's link down; seconds until both ranks have left a black box, 60 at most."""
+    ip("-n", namespace, "link", "set", "af1", "down")
+    cut = time.monotonic()
+    while len(list(run.black_boxes.glob("rank_*.json"))) < 2 and time.monotonic() - cut < 60:
+        time.sleep(0.1)
+    return time.monotonic() - cut
+
+
 def test_a_cut_link_ends_both_nodes(make_run: MakeRun, on_two_addresses: Nodes, namespaces: list[str]) -> None:
     run = make_run("cut", FINETUNE, **TWO_NODES, watchdog__step_seconds=5.0, watchdog__startup_seconds=90.0)
     nodes = on_two_addresses(run)
     nodes[0].wait_for_step(6)
-    ip("-n", namespaces[1], "link", "set", "af1", "down")
     cut = time.monotonic()
-    while len(list(run.black_boxes.glob("rank_*.json"))) < 2 and time.monotonic() - cut < 60:
-        time.sleep(0.1)
-    noticed = time.monotonic() - cut
+    noticed = cut_off(namespaces[1], run)
     saved = steps_saved(run)
     outputs = [node.ends_with(4, seconds=120) for node in nodes]
     left = time.monotonic() - cut
@@ -197,10 +203,7 @@ def test_a_cut_that_heals_costs_a_restart(
                    hardware__max_restarts=1)  # fmt: skip
     nodes = on_two_addresses(run)
     nodes[0].wait_for_step(6)
-    ip("-n", namespaces[1], "link", "set", "af1", "down")
-    cut = time.monotonic()
-    while len(list(run.black_boxes.glob("rank_*.json"))) < 2 and time.monotonic() - cut < 60:
-        time.sleep(0.1)
+    cut_off(namespaces[1], run)
     ip("-n", namespaces[1], "link", "set", "af1", "up")
     outputs = [node.ends_with(0) for node in nodes]
     # On a node that hears of the other's restart before its own ranks have ended it costs none.
