@@ -45,9 +45,9 @@ LARGEST_MATMUL_POSITIONS = {torch.bfloat16: 640}
 
 Measured on one thread of an AVX-512-BF16 EPYC with torch 2.13, matmul / sdpa in milliseconds: bf16 causal forward plus
 backward at 100 positions 13 / 37, 200 17 / 31, 512 46 / 51, 1024 90 / 63; fp32 at 100 29 / 17, at 577 45 / 22. Without
-backward `matmul` goes block by block, and `python -m bench cpu --full --only attention` has it ahead in bf16 at every size
-(x1.6 to x1.8 from 577 to 5185 positions) and at none in fp32. Its scores are rounded to bf16, as eager attention rounds
-them: it is as far from fp64 as that is, and four to five times as far as SDPA.
+backward `matmul` goes block by block, and `python -m bench cpu --full --only attention` has it ahead in bf16 at every
+size (x1.6 to x1.8 from 577 to 5185 positions) and at none in fp32. Its scores are rounded to bf16, as eager attention
+rounds them: it is as far from fp64 as that is, and four to six times as far as SDPA.
 """
 
 
