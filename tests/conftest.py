@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.products import Product
+from tests.products import Beside
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,31 +34,36 @@ SENTENCES = [
 ]  # fmt: skip
 
 
-PRODUCTS = pytest.StashKey[dict[str, Product]]()
+BESIDE = pytest.StashKey[dict[str, Beside]]()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What looks at a product comes last: it is made while the other tests run."""
-    items.sort(key=lambda item: item.get_closest_marker("product") is not None)
+    """What looks at something that runs beside the tests comes last."""
+    items.sort(key=lambda item: item.get_closest_marker("beside") is not None)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Products take minutes of processes of their own, so they begin before the first test."""
-    budgets = {marker.args[0] for item in session.items for marker in item.iter_markers("product")}
-    begun = budgets if not session.config.option.collectonly else set()
-    session.config.stash[PRODUCTS] = {budget: Product(budget) for budget in sorted(begun)}
+    """It takes minutes of processes of its own, so it begins before the first test."""
+    wanted = {marker.args[0] for item in session.items for marker in item.iter_markers("beside")}
+    begun = wanted if not session.config.option.collectonly else set()
+    session.config.stash[BESIDE] = {what: Beside(what) for what in sorted(begun)}
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    for product in session.config.stash.get(PRODUCTS, {}).values():
-        product.end()
+    for beside in session.config.stash.get(BESIDE, {}).values():
+        beside.end()
 
 
 @pytest.fixture(scope="module")
-def runs(request: pytest.FixtureRequest) -> Path:
-    """Folder of the runs `align` and `finetune` of the module's product."""
-    marker = request.node.get_closest_marker("product")
-    return request.config.stash[PRODUCTS][marker.args[0]].runs()
+def beside(request: pytest.FixtureRequest) -> Beside:
+    """What runs beside the tests of this module."""
+    return request.config.stash[BESIDE][request.node.get_closest_marker("beside").args[0]]
+
+
+@pytest.fixture(scope="module")
+def runs(beside: Beside) -> Path:
+    """Folder of the runs `align` and `finetune` of the module's launch/miniworld.sh."""
+    return beside.runs()
 
 
 def _folder(variable: str, default: str) -> Path:

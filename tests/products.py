@@ -1,4 +1,4 @@
-"""How the product tests start the launch scripts and read what a run left behind."""
+"""How tests start the launch scripts and what runs beside them, and read what a run left behind."""
 
 from __future__ import annotations
 
@@ -26,20 +26,32 @@ def launch(script: str, *arguments: str) -> str:
     return done.stdout
 
 
-class Product:
-    """launch/miniworld.sh at work beside the tests, which have the first say on the machine's cores."""
+class Beside:
+    """What takes minutes in processes of its own, and is at work beside the tests.
 
-    def __init__(self, budget: str) -> None:
-        self._budget, self._folder = budget, tempfile.TemporaryDirectory(prefix=f"product-{budget}-")
+    `smoke` and `train` are launch/miniworld.sh with that budget, and leave the tests the first say on the machine's
+    cores; `loopback` is a second session, of the faults that need neither root nor another host.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what, self._folder = what, tempfile.TemporaryDirectory(prefix=f"beside-{what}-")
         self._log = Path(self._folder.name) / "log.txt"
-        command = ["nice", str(ROOT / "launch" / "miniworld.sh"), budget, f"output_root={self._folder.name}"]
+        command = ["nice", str(ROOT / "launch" / "miniworld.sh"), what, f"output_root={self._folder.name}"]
+        if what == "loopback":
+            command = [sys.executable, "-m", "pytest", "-m", "faults and loopback", "-p", "no:cacheprovider"]
         with self._log.open("w") as log:
             self._process = subprocess.Popen(command, cwd=ROOT, env=_environment(), stdout=log, stderr=log)
 
-    def runs(self) -> Path:
-        """The folder of its two runs, once it has ended; a failure shows the end of what it printed."""
+    def said(self) -> str:
+        """Everything that it printed, once it has ended; a failure shows the end of that."""
         code = self._process.wait()
-        assert code == 0, f"miniworld.sh {self._budget} ended with {code}\n{self._log.read_text()[-4000:]}"
+        log = self._log.read_text()
+        assert code == 0, f"{self._what} ended with {code}\n{log[-8000:]}"
+        return log
+
+    def runs(self) -> Path:
+        """The folder of the two runs of launch/miniworld.sh, once it has ended."""
+        self.said()
         return next(path.parent for path in Path(self._folder.name).glob("*/finetune"))
 
     def end(self) -> None:

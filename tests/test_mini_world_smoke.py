@@ -8,7 +8,7 @@ import pytest
 
 from tests.products import CHART, DOC, SCENE, launch, margins, steps
 
-pytestmark = pytest.mark.product("smoke")
+pytestmark = pytest.mark.beside("smoke")
 
 
 def test_both_stages_are_done_and_learned(runs: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.products import CHART, DOC, SCENE, launch, margins, steps
 
-pytestmark = [pytest.mark.slow, pytest.mark.product("train")]
+pytestmark = [pytest.mark.slow, pytest.mark.beside("train")]
 
 
 def test_the_mini_world_means_something(runs: Path) -> None:

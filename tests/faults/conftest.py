@@ -1,11 +1,13 @@
-"""Fixtures of the fault suite: run folders as the training tests make them, and real ranks under the real agent."""
+"""Fixtures of the fault suite: run folders as training tests make them, real ranks under the real agent, two nodes."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +23,9 @@ from train.run.folder import RunFolder
 from train.start import Topology, command, environment
 
 PLANTED = Path(__file__).with_name("planted.py")
+NETWORK = "10.77.0"
+HEAD = "head"
+"""Host name of node 0. On itself it is loopback, as Debian writes it into /etc/hosts."""
 
 
 @dataclass
@@ -66,6 +71,7 @@ class Launched:
 
 
 Launch = Callable[..., Launched]
+Nodes = Callable[[RunFolder], list[Launched]]
 
 
 def steps_saved(folder: RunFolder) -> list[int]:
@@ -117,5 +123,55 @@ def launch(ended: Callable[[Launched], Launched]) -> Launch:
             stderr=subprocess.STDOUT,
         )  # fmt: skip
         return ended(Launched(folder, process))
+
+    return start
+
+
+def start_node(run: RunFolder, node: int, inside: Sequence[str] = (), **variables: str) -> Launched:
+    """A node's ranks, started as the user would: launch/multinode.sh RUN_FOLDER CONFIG_HASH."""
+    variables |= {"NODE_RANK": str(node), "PYTHON": sys.executable}
+    process = subprocess.Popen(
+        [*inside, ROOT / "launch" / "multinode.sh", run.path, run.read_config().digest],
+        env={**os.environ, **variables}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    return Launched(run, process)
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+
+@pytest.fixture
+def namespaces() -> Iterator[list[str]]:
+    """Two network namespaces, joined by one link; `af0` and `af1` are its ends."""
+    if os.geteuid() != 0 or not shutil.which("ip"):
+        pytest.skip("two nodes on one machine are network namespaces, which take root and the ip command")
+    names = [f"af{os.getpid()}n{node}" for node in (0, 1)]
+    try:
+        for name, head in zip(names, ("127.0.1.1", f"{NETWORK}.10"), strict=True):
+            ip("netns", "add", name)
+            ip("-n", name, "link", "set", "lo", "up")
+            (Path("/etc/netns") / name).mkdir(parents=True)  # what is in there, `ip netns exec` puts into /etc
+            (Path("/etc/netns") / name / "hosts").write_text(f"127.0.0.1 localhost\n{head} {HEAD}\n")
+        ip("link", "add", "af0", "netns", names[0], "type", "veth", "peer", "name", "af1", "netns", names[1])
+        for node, name in enumerate(names):
+            ip("-n", name, "addr", "add", f"{NETWORK}.1{node}/24", "dev", f"af{node}")
+            ip("-n", name, "link", "set", f"af{node}", "up")
+        yield names
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+            shutil.rmtree(Path("/etc/netns") / name, ignore_errors=True)
+
+
+@pytest.fixture
+def on_two_addresses(namespaces: list[str], ended: Callable[[Launched], Launched]) -> Nodes:
+    def start(run: RunFolder) -> list[Launched]:
+        return [
+            ended(start_node(run, node, ["ip", "netns", "exec", name], HEAD_ADDR=HEAD))
+            for node, name in enumerate(namespaces)
+        ]
 
     return start

@@ -36,7 +36,7 @@ from train.prepare import prepare
 from train.run.folder import RunFolder
 from train.verbs import checkpoint as verb
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.loopback]
 
 MakeRun = Callable[..., RunFolder]
 PAIR: dict[str, Any] = {
@@ -59,7 +59,7 @@ def killed_in_save(world: World, folder: str) -> None:
     run_until(world, folder)
 
 
-@pytest.mark.parametrize("zero", [pytest.param(2, marks=pytest.mark.loopback), 3])
+@pytest.mark.parametrize("zero", [2, 3])
 def test_a_kill_in_the_middle_of_a_save(
     pair: Ranks, make_run: MakeRun, zero: int  # noqa: F811
 ) -> None:  # fmt: skip

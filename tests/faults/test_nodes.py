@@ -1,52 +1,33 @@
-"""Two nodes started by launch/multinode.sh: on one address, and as two network namespaces whose link can be cut."""
+"""Two nodes started by launch/multinode.sh: on one address, and on two, whose link can be cut."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from tests.faults.conftest import Launched, steps_saved
+from tests.faults.conftest import NETWORK, Launched, Nodes, ip, start_node, steps_saved
 from tests.faults.planted import run_whole
 from tests.train.cases import ALIGN, FINETUNE
 from tests.train.conftest import launch_again
 from tests.train.ranks import Ranks
-from train.compose import ROOT
 from train.run.folder import RunFolder
 
 pytestmark = pytest.mark.faults
 
 MakeRun = Callable[..., RunFolder]
-Nodes = Callable[[RunFolder], list[Launched]]
 TWO_NODES: dict[str, Any] = {
     "engine": "deepspeed", "zero__stage": 2, "hardware__ranks": 1, "hardware__nodes": 2, "hardware__micro_batch": 1,
     "stage__max_steps": 40, "checkpoint__every": 4,
 }  # fmt: skip
-NETWORK = "10.77.0"
-HEAD = "head"
-"""Host name of node 0. On itself it is loopback, as Debian writes it into /etc/hosts."""
 CLOSE = 1e-5
 """Relative: the sums over two nodes are rounded in another order than those on one."""
-
-
-def start_node(run: RunFolder, node: int, inside: Sequence[str] = (), **variables: str) -> Launched:
-    """A node's ranks, started as the user would: launch/multinode.sh RUN_FOLDER CONFIG_HASH."""
-    variables |= {"NODE_RANK": str(node), "PYTHON": sys.executable}
-    process = subprocess.Popen(
-        [*inside, ROOT / "launch" / "multinode.sh", run.path, run.read_config().digest],
-        env={**os.environ, **variables}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    return Launched(run, process)
 
 
 @pytest.fixture
@@ -57,46 +38,6 @@ def on_one_address(ended: Callable[[Launched], Launched]) -> Nodes:
             port = probe.getsockname()[1]
         here = {"HEAD_ADDR": "127.0.0.1", "HEAD_PORT": str(port), "NODE_ADDR": "127.0.0.1"}
         return [ended(start_node(run, node, **here)) for node in (0, 1)]
-
-    return start
-
-
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
-
-
-@pytest.fixture
-def namespaces() -> Iterator[list[str]]:
-    """Two network namespaces, joined by one link; `af0` and `af1` are its ends."""
-    if os.geteuid() != 0 or not shutil.which("ip"):
-        pytest.skip("two nodes on one machine are network namespaces, which take root and the ip command")
-    names = [f"af{os.getpid()}n{node}" for node in (0, 1)]
-    try:
-        for name, head in zip(names, ("127.0.1.1", f"{NETWORK}.10"), strict=True):
-            ip("netns", "add", name)
-            ip("-n", name, "link", "set", "lo", "up")
-            (Path("/etc/netns") / name).mkdir(parents=True)  # what is in there, `ip netns exec` puts into /etc
-            (Path("/etc/netns") / name / "hosts").write_text(f"127.0.0.1 localhost\n{head} {HEAD}\n")
-        ip("link", "add", "af0", "netns", names[0], "type", "veth", "peer", "name", "af1", "netns", names[1])
-        for node, name in enumerate(names):
-            ip("-n", name, "addr", "add", f"{NETWORK}.1{node}/24", "dev", f"af{node}")
-            ip("-n", name, "link", "set", f"af{node}", "up")
-        yield names
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True)
-            shutil.rmtree(Path("/etc/netns") / name, ignore_errors=True)
-
-
-@pytest.fixture
-def on_two_addresses(namespaces: list[str], ended: Callable[[Launched], Launched]) -> Nodes:
-    def start(run: RunFolder) -> list[Launched]:
-        return [
-            ended(start_node(run, node, ["ip", "netns", "exec", name], HEAD_ADDR=HEAD))
-            for node, name in enumerate(namespaces)
-        ]
 
     return start
 
@@ -128,6 +69,7 @@ def test_two_nodes_train_both_stages(make_run: MakeRun, on_two_addresses: Nodes,
         before = [run, alone]
 
 
+@pytest.mark.loopback
 def test_one_agent_that_is_told_to_stop_stops_all(make_run: MakeRun, on_one_address: Nodes) -> None:
     run = make_run("one", FINETUNE, **TWO_NODES, hardware__max_restarts=2)
     nodes = on_one_address(run)

@@ -22,7 +22,7 @@ from train.compose import ROOT
 from train.run import lock
 from train.run.folder import RunFolder
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.loopback]
 
 MakeRun = Callable[..., RunFolder]
 PAIR: dict[str, Any] = {
@@ -46,7 +46,6 @@ def box(folder: RunFolder, rank: int) -> dict[str, Any]:
     return content
 
 
-@pytest.mark.loopback
 def test_killed_and_started_again(make_run: MakeRun, launch: Launch, pair: Ranks) -> None:
     whole = make_run("whole", FINETUNE, **PAIR)
     pair.run(run_whole, folder=str(whole.path))
@@ -79,7 +78,7 @@ def test_killed_without_restarts(make_run: MakeRun, launch: Launch) -> None:
     assert steps_saved(run) == [4]
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.loopback), signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_told_to_stop(make_run: MakeRun, launch: Launch, pair: Ranks, number: signal.Signals) -> None:
     changes = {**PAIR, "stage__max_steps": 40, "checkpoint__every": 30}
     run = make_run("stopped", FINETUNE, **changes)

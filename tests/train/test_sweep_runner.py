@@ -51,6 +51,7 @@ def lines(path: Path) -> list[str]:
 
 
 @pytest.mark.faults
+@pytest.mark.loopback
 def test_a_sweep_killed_in_its_fifth_trial_goes_on_there(tmp_path: Path) -> None:
     ran, folder = tmp_path / "ran", tmp_path / "trials"
     for number in range(12):
@@ -114,6 +115,7 @@ def test_trials_that_run_at_once_share_no_card(tmp_path: Path) -> None:
 
 
 @pytest.mark.faults
+@pytest.mark.loopback
 def test_an_interrupt_asks_first_and_the_second_leaves_no_process(tmp_path: Path) -> None:
     for name in ("gentle", "stubborn"):
         code = WAIT if name == "gentle" else STUBBORN
@@ -134,6 +136,7 @@ def test_an_interrupt_asks_first_and_the_second_leaves_no_process(tmp_path: Path
 
 
 @pytest.mark.faults
+@pytest.mark.loopback
 def test_under_nohup_a_closed_terminal_stops_nothing(tmp_path: Path) -> None:
     add(tmp_path, "one", python("wait", WAIT.replace("120", "1"), tmp_path / "there"))
     argv = ["nohup", sys.executable, "-m", "tests.train.fake_trials", str(tmp_path), "1"]
