@@ -6,7 +6,8 @@ import pytest
 
 from tests.products import Beside
 
+pytestmark = pytest.mark.beside("loopback")
 
-@pytest.mark.beside("loopback")
+
 def test_every_fault_over_loopback(beside: Beside) -> None:
     assert " passed" in beside.said()
