@@ -36,7 +36,7 @@ from train.prepare import prepare
 from train.run.folder import RunFolder
 from train.verbs import checkpoint as verb
 
-pytestmark = [pytest.mark.faults, pytest.mark.loopback]
+pytestmark = pytest.mark.faults
 
 MakeRun = Callable[..., RunFolder]
 PAIR: dict[str, Any] = {
@@ -59,6 +59,7 @@ def killed_in_save(world: World, folder: str) -> None:
     run_until(world, folder)
 
 
+@pytest.mark.loopback
 @pytest.mark.parametrize("zero", [2, 3])
 def test_a_kill_in_the_middle_of_a_save(
     pair: Ranks, make_run: MakeRun, zero: int  # noqa: F811
@@ -101,6 +102,7 @@ def full_disk(world: World, folder: str, on_rank: int) -> str:
     return "nothing"
 
 
+@pytest.mark.loopback
 @pytest.mark.parametrize(
     ("trains", "zero", "on_rank"), [(FINETUNE, 2, 0), (FINETUNE, 2, 1), (FINETUNE, 3, 1), (ALIGN, 2, 0)]
 )
@@ -136,6 +138,7 @@ def full_at_export(world: World, folder: str) -> str:
     return "nothing"
 
 
+@pytest.mark.loopback
 def test_a_disk_that_is_full_for_the_model_is_told_by_all_ranks(pair: Ranks, make_run: MakeRun) -> None:  # noqa: F811
     run = make_run("full", ALIGN, **{**PAIR, "stage__max_steps": 2}, zero__stage=2)
     told = pair.run(full_at_export, folder=str(run.path))
@@ -157,6 +160,7 @@ def small_disk(place: Path, options: str) -> Iterator[None]:
         subprocess.run(["umount", str(place)], check=True)
 
 
+@pytest.mark.loopback
 def test_a_disk_that_is_too_small_is_told_before_the_first_step(make_run: MakeRun) -> None:
     run = make_run("small", ALIGN)
     with small_disk(run.state, "size=200k"), pytest.raises(UserError, match="there is no room") as caught:
@@ -166,6 +170,7 @@ def test_a_disk_that_is_too_small_is_told_before_the_first_step(make_run: MakeRu
     assert not run.metrics.exists()
 
 
+@pytest.mark.loopback
 def test_a_read_only_disk_is_told_before_the_first_step(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run("locked", ALIGN)
     with small_disk(run.state, "ro"), pytest.raises(UserError, match="cannot be written") as caught:
@@ -175,6 +180,7 @@ def test_a_read_only_disk_is_told_before_the_first_step(make_run: MakeRun, tmp_p
     assert not run.metrics.exists()
 
 
+@pytest.mark.loopback
 def test_a_read_only_output_folder_is_told_by_the_launcher(tmp_path: Path, tiny_backbones: Path) -> None:
     words = [*write_world(tmp_path, tiny_backbones), "run=locked"]
     with small_disk(tmp_path / "checkpoints", "size=50m"):

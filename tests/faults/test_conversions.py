@@ -47,11 +47,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "cases",
-    [
-        pytest.param(CASES[:1], marks=[pytest.mark.faults, pytest.mark.loopback]),
-        pytest.param(CASES[1:], marks=pytest.mark.chaos),
-    ],
+    "cases", [pytest.param(CASES[:1], marks=pytest.mark.faults), pytest.param(CASES[1:], marks=pytest.mark.chaos)],
     ids=["told to end", "killed everywhere"],
 )  # fmt: skip
 def test_a_conversion_is_ended(

@@ -22,7 +22,7 @@ from train.compose import ROOT
 from train.run import lock
 from train.run.folder import RunFolder
 
-pytestmark = [pytest.mark.faults, pytest.mark.loopback]
+pytestmark = pytest.mark.faults
 
 MakeRun = Callable[..., RunFolder]
 PAIR: dict[str, Any] = {
@@ -46,6 +46,7 @@ def box(folder: RunFolder, rank: int) -> dict[str, Any]:
     return content
 
 
+@pytest.mark.loopback
 def test_killed_and_started_again(make_run: MakeRun, launch: Launch, pair: Ranks) -> None:
     whole = make_run("whole", FINETUNE, **PAIR)
     pair.run(run_whole, folder=str(whole.path))
@@ -63,6 +64,7 @@ def test_killed_and_started_again(make_run: MakeRun, launch: Launch, pair: Ranks
     assert [(run.model / name).read_bytes() for name in files] == [(whole.model / name).read_bytes() for name in files]
 
 
+@pytest.mark.loopback
 def test_killed_without_restarts(make_run: MakeRun, launch: Launch) -> None:
     run = make_run("killed", FINETUNE, **PAIR)
     started = launch(run, "killed", rank=1, step=7)
@@ -78,7 +80,7 @@ def test_killed_without_restarts(make_run: MakeRun, launch: Launch) -> None:
     assert steps_saved(run) == [4]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.loopback), signal.SIGUSR1])
 def test_told_to_stop(make_run: MakeRun, launch: Launch, pair: Ranks, number: signal.Signals) -> None:
     changes = {**PAIR, "stage__max_steps": 40, "checkpoint__every": 30}
     run = make_run("stopped", FINETUNE, **changes)
@@ -134,6 +136,7 @@ def test_a_killed_agent_takes_its_ranks_with_it(make_run: MakeRun, launch: Launc
     assert steps_saved(run) == [len(record(run))]
 
 
+@pytest.mark.loopback
 def test_told_to_stop_while_it_starts(make_run: MakeRun, launch: Launch) -> None:
     """Before a rank notes signals it ends by them, as any process does; nothing is saved yet that could be lost."""
     run = make_run("early", FINETUNE, **{**PAIR, "stage__max_steps": 400})
@@ -153,6 +156,7 @@ def watchdog(step_seconds: float) -> dict[str, float]:
     return {"watchdog__step_seconds": step_seconds, "watchdog__startup_seconds": 90.0}
 
 
+@pytest.mark.loopback
 def test_a_stopped_rank_is_named(make_run: MakeRun, launch: Launch) -> None:
     allowed = 5.0
     run = make_run("stopped", FINETUNE, **PAIR, **watchdog(allowed))
@@ -226,6 +230,7 @@ def test_a_step_of_two_ranks_is_replayed(make_run: MakeRun, pair: Ranks) -> None
     assert {path: time for path, time in after.items() if run.path / "replay" not in path.parents} == written
 
 
+@pytest.mark.loopback
 def test_a_slow_rank_is_named_and_waited_for(make_run: MakeRun, launch: Launch) -> None:
     run = make_run("slow", FINETUNE, **PAIR)
     output = launch(run, "slow", rank=1).ends_with(0)
@@ -260,6 +265,7 @@ rank.run([])
 """
 
 
+@pytest.mark.loopback
 def test_loader_processes_survive_the_signal_but_not_their_rank() -> None:
     """A signal to the group reaches them too; a rank needs its next batch to stop, and must not wait for them then."""
     done = subprocess.run(
