@@ -8,6 +8,7 @@ import sys
 from anchorformer.errors import UserError, run_guarded
 
 COMMANDS = {
+    "ablation": "bench.ablation",
     "cpu": "bench.cpu",
     "generate": "bench.generate",
     "gpu-micro": "bench.gpu.micro",

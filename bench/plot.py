@@ -20,12 +20,14 @@ class Bar:
 
     Attributes:
         goal: what the value should reach; drawn as a tick.
+        spread: drawn as a line from so much below the value to so much above.
         colour: of the bar.
     """
 
     label: str
     value: float
     goal: float | None = None
+    spread: float | None = None
     colour: str = OURS
 
 
@@ -36,7 +38,7 @@ def bars(title: str, unit: str, content: Sequence[Bar], *, logarithmic: bool = F
         unit: written behind each value.
         logarithmic: bars of equal ratios differ by equal lengths, and those below 1 go to the left.
     """
-    known = [value for bar in content for value in (bar.value, bar.goal) if value is not None]
+    known = [value for bar in content for value in (bar.value + (bar.spread or 0), bar.goal) if value is not None]
     low, high = (min([0.8, *known]), max([1.25, *known])) if logarithmic else (0.0, max([*known, 1e-12]))
 
     def place(value: float) -> float:
@@ -54,12 +56,15 @@ def bars(title: str, unit: str, content: Sequence[Bar], *, logarithmic: bool = F
     for number, bar in enumerate(content):
         y = TOP + ROW * number
         left, right = sorted((zero, place(bar.value)))
-        middle = y + BAR - 3
+        middle, end = y + BAR - 3, max(right, place(bar.value + (bar.spread or 0)))
         lines += [
             f'<text x="{LABELS - 8}" y="{middle}" text-anchor="end">{escape(bar.label)}</text>',
             f'<rect x="{left}" y="{y}" width="{round(right - left, 1)}" height="{BAR}" fill="{bar.colour}"/>',
-            f'<text x="{right + 6}" y="{middle}">{escape(show(bar.value))}{escape(unit)}</text>',
+            f'<text x="{end + 6}" y="{middle}">{escape(show(bar.value))}{escape(unit)}</text>',
         ]
+        if bar.spread is not None:
+            ends, level = (place(bar.value - bar.spread), place(bar.value + bar.spread)), y + BAR / 2
+            lines.append(f'<line x1="{ends[0]}" y1="{level}" x2="{ends[1]}" y2="{level}" stroke="black"/>')
         if bar.goal is not None:
             x = place(bar.goal)
             lines.append(f'<line x1="{x}" y1="{y - 3}" x2="{x}" y2="{y + BAR + 3}" stroke="black" stroke-width="2"/>')

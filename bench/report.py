@@ -1,4 +1,4 @@
-"""`python -m bench report`: puts the committed results into docs/benchmarks.md, as tables and plots."""
+"""`python -m bench report`: puts the committed results into docs/benchmarks.md and README.md, as tables and plots."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from bench.plot import MISSED, OTHER, OURS, Bar, bars
 from bench.table import ROOT, markdown, read
 
 RESULTS = ROOT / "bench" / "results"
-PAGE = ROOT / "docs" / "benchmarks.md"
-PLOTS = "plots"
-"""Folder of the plots, beside the page."""
+PLOTS = ROOT / "docs" / "plots"
+PAGES = {ROOT / "docs" / "benchmarks.md": "plots", ROOT / "README.md": "docs/plots"}
+"""The pages, and where each finds the plots."""
 
 LONG = 20
 """Rows above which a table is folded away."""
@@ -28,33 +28,36 @@ Sheet = Mapping[str, Any]
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Rewrites the page between its markers, and the plots."""
+    """Rewrites the pages between their markers, and the plots."""
     argparse.ArgumentParser(prog="python -m bench report", description=__doc__).parse_args(arguments)
-    page, plots = render(PAGE.read_text(), RESULTS)
-    PAGE.write_text(page)
-    folder = PAGE.parent / PLOTS
-    folder.mkdir(exist_ok=True)
-    for path in folder.glob("*.svg"):
+    made = {page: render(page.read_text(), RESULTS, to_plots) for page, to_plots in PAGES.items()}
+    PLOTS.mkdir(exist_ok=True)
+    for path in PLOTS.glob("*.svg"):
         path.unlink()
-    for name, svg in plots.items():
-        (folder / name).write_text(svg)
-    print(f"{PAGE.relative_to(ROOT)} and {len(plots)} plots are up to date with {RESULTS.relative_to(ROOT)}")
+    for page, (text, plots) in made.items():
+        page.write_text(text)
+        for name, svg in plots.items():
+            (PLOTS / name).write_text(svg)
+        print(f"{page.relative_to(ROOT)} and its {len(plots)} plots are up to date with {RESULTS.relative_to(ROOT)}")
 
 
-def render(page: str, results: Path) -> tuple[str, Plots]:
-    """The page with each `<!-- begin NAME -->` ... `<!-- end NAME -->` filled from `NAME.json`, and its plots."""
+def render(page: str, results: Path, to_plots: str = "plots") -> tuple[str, Plots]:
+    """The page with each `<!-- begin NAME -->` ... `<!-- end NAME -->` filled from `NAME.json`, and its plots.
+
+    Args:
+        to_plots: the way from the page to the folder of the plots.
+    """
     plots: Plots = {}
 
     def fill(marker: re.Match[str]) -> str:
         name = marker[1]
-        path = results / f"{name}.json"
-        content = _section(name, path, plots)
+        content = _section(name, results / f"{name}.json", plots, to_plots)
         return f"<!-- begin {name} -->\n{content}\n<!-- end {name} -->"
 
     return re.sub(r"<!-- begin (\S+) -->\n.*?<!-- end \1 -->", fill, page, flags=re.DOTALL), plots
 
 
-def _section(name: str, path: Path, plots: Plots) -> str:
+def _section(name: str, path: Path, plots: Plots, to_plots: str) -> str:
     if not path.is_file():
         return "Not measured yet."
     sheet = read(path)
@@ -62,7 +65,7 @@ def _section(name: str, path: Path, plots: Plots) -> str:
     for title, svg in _PLOTS[name](sheet):
         file = f"{name}-{re.sub('[^a-z0-9]+', '-', title.lower()).strip('-')}.svg"
         plots[file] = svg
-        parts.append(f"![{title}]({PLOTS}/{file})")
+        parts.append(f"![{title}]({to_plots}/{file})")
     return "\n\n".join([*parts, *_TABLES[name](sheet)])
 
 
@@ -116,6 +119,27 @@ def _by_note(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
     for note, group in groupby(rows, key=lambda row: row["note"]):
         if note:
             yield note, "; ".join(row["name"] for row in group)
+
+
+def _ablation_plots(sheet: Sheet) -> Iterator[tuple[str, str]]:
+    title = "Mean of three tasks, over seeds"
+    content = [
+        Bar(
+            label=f"{row['grid']}: {row['what']}, {row['tokens']} tokens", value=row["mean"], spread=row["mean_sd"],
+            colour=OURS if row["grid"] == "anchors" or "anchor" in row["what"] else OTHER,
+        )
+        for row in sheet["rows"]
+    ]  # fmt: skip
+    yield title, bars(f"{title} (lines: one standard deviation)", "", content)
+
+
+def _ablation_tables(sheet: Sheet) -> Iterator[str]:
+    def spread(value: float, deviation: float | None) -> str:
+        return f"{value:.3f}" if deviation is None else f"{value:.3f} ± {deviation:.3f}"
+
+    scores = [name for name in sheet["rows"][0] if f"{name}_sd" in sheet["rows"][0]]
+    shown = [{**row, **{name: spread(row[name], row[f"{name}_sd"]) for name in scores}} for row in sheet["rows"]]
+    yield markdown(shown, ("grid", "what", "tokens", "seeds", *scores))
 
 
 def _ladder_plots(sheet: Sheet) -> Iterator[tuple[str, str]]:
@@ -203,10 +227,10 @@ def _grouped(
 
 
 _PLOTS: dict[str, Callable[[Sheet], Iterator[tuple[str, str]]]] = {
-    "cpu": _cpu_plots, "generate": _generate_plots, "gpu-micro": _micro_plots, "gpu-step": _step_plots,
-    "gpu-ladder": _ladder_plots, "gpu-ladder-align": _ladder_plots,
+    "ablation": _ablation_plots, "cpu": _cpu_plots, "generate": _generate_plots,
+    "gpu-micro": _micro_plots, "gpu-step": _step_plots, "gpu-ladder": _ladder_plots, "gpu-ladder-align": _ladder_plots,
 }  # fmt: skip
 _TABLES: dict[str, Callable[[Sheet], Iterator[str]]] = {
-    "cpu": _cpu_tables, "generate": _cpu_tables, "gpu-micro": _gpu_tables, "gpu-step": _gpu_tables,
-    "gpu-ladder": _gpu_tables, "gpu-ladder-align": _gpu_tables,
+    "ablation": _ablation_tables, "cpu": _cpu_tables, "generate": _cpu_tables,
+    "gpu-micro": _gpu_tables, "gpu-step": _gpu_tables, "gpu-ladder": _gpu_tables, "gpu-ladder-align": _gpu_tables,
 }  # fmt: skip

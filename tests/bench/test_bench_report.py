@@ -17,15 +17,20 @@ from bench.table import Sheet
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def test_page_and_plots_are_made_from_the_committed_results() -> None:
-    page, plots = report.render(report.PAGE.read_text(), report.RESULTS)
-    assert page == report.PAGE.read_text(), "run python -m bench report"
-    folder = report.PAGE.parent / report.PLOTS
-    assert {path.name: path.read_text() for path in folder.glob("*.svg")} == plots, "run python -m bench report"
+PAGE = report.ROOT / "docs" / "benchmarks.md"
+
+
+def test_pages_and_plots_are_made_from_the_committed_results() -> None:
+    drawn = {}
+    for path, to_plots in report.PAGES.items():
+        page, plots = report.render(path.read_text(), report.RESULTS, to_plots)
+        assert page == path.read_text(), "run python -m bench report"
+        drawn |= plots
+    assert {path.name: path.read_text() for path in report.PLOTS.glob("*.svg")} == drawn, "run python -m bench report"
 
 
 def test_sections_without_results_say_so_and_rendering_twice_changes_nothing(tmp_path: Path) -> None:
-    page, plots = report.render(report.PAGE.read_text(), tmp_path)
+    page, plots = report.render(PAGE.read_text(), tmp_path)
     assert page.count("Not measured yet.") == page.count("<!-- begin") > 3
     assert plots == {}
     assert report.render(page, tmp_path) == (page, plots)
@@ -41,7 +46,7 @@ def test_cpu_results_become_a_table_with_its_origin_and_notes(tmp_path: Path) ->
     assert "| opening | s |  | 1.5 |  |  | 5 | yes |  |" in page
     assert "- *layer: time; layer: bytes*: how." in page
     assert "seconds 5 in all" in page
-    assert f"]({report.PLOTS}/{next(iter(plots))})" in page
+    assert f"](plots/{next(iter(plots))})" in page
 
 
 def test_gpu_results_become_a_table_per_kind_and_name_what_was_left_out(tmp_path: Path) -> None:
