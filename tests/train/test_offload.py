@@ -46,8 +46,8 @@ def advance(engine: Engine, seed: int, deal: list[list[list[int]]]) -> tuple[flo
     return loss, norms
 
 
-def three_steps(world: World, folder: str, zero: dict[str, Any], deal: Any) -> Any:
-    machine = start(world, folder, zero, torch.float32)
+def three_steps(world: World, folder: str, zero: dict[str, Any], deal: Any, dtype: torch.dtype = torch.float32) -> Any:
+    machine = start(world, folder, zero, dtype)
     taken = [advance(machine, seed, deal) for seed in range(3)]
     parts = [machine.gather(Part(part)) for part in FINETUNE]
     return taken, {name: value for part in parts for name, value in (part or {}).items()}

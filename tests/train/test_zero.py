@@ -104,9 +104,13 @@ def test_what_only_the_ranks_know_is_refused_there(monkeypatch: pytest.MonkeyPat
 
     config = composed("zero=zero3_plus", NODES)
     with pytest.raises(UserError, match="on CUDA only"):
-        check_device(config, World(rank=0, size=16, device=torch.device("cpu")))
+        check_device(config, World(rank=0, size=16, device=torch.device("cpu")), torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     with pytest.raises(UserError, match="takes every card that it sees"):
-        check_device(config, World(rank=0, size=16, device=torch.device("cuda")))
+        check_device(config, World(rank=0, size=16, device=torch.device("cuda")), torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    check_device(config, World(rank=0, size=16, device=torch.device("cuda")))
+    check_device(config, World(rank=0, size=16, device=torch.device("cuda")), torch.bfloat16)
+    swapped = composed("zero=zero3_nvme", "zero.nvme_path=/nvme", NODES)
+    with pytest.raises(UserError, match="reads weights of fp32 back from NVMe as other numbers"):
+        check_device(swapped, World(rank=0, size=16, device=torch.device("cuda")), torch.float32)
+    check_device(swapped, World(rank=0, size=16, device=torch.device("cuda")), torch.bfloat16)

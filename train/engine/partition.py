@@ -65,6 +65,7 @@ class Partition:
                 held[name] = Piece(part.detach()[:numel], start, total)
         return held
 
+    @torch.no_grad()
     def keep(self, parameters: Mapping[str, nn.Parameter], pieces: Mapping[str, Piece], moment: str | None) -> None:
         """Writes what `pieces` gave, and was changed since, back to where it was a copy of."""
         for index, names in self._names_by_file(parameters).items():

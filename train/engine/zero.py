@@ -38,7 +38,7 @@ class ZeroEngine(Engine):
 
     def __init__(self, model: nn.Module, config: RunConfig, world: World, total_steps: int, dtype: torch.dtype) -> None:
         super().__init__(config, world)
-        check_device(config, world)
+        check_device(config, world, dtype)
         deepspeed = _import_deepspeed(world.device)
         self._owners = part_of_parameter(model, config.stage)
         optimizer = build_optimizer(model, config.stage, world.device)
@@ -141,13 +141,20 @@ class ZeroEngine(Engine):
             raise RuntimeError(f"DeepSpeed found nothing to load in {folder}")
 
 
-def check_device(config: RunConfig, world: World) -> None:
+def check_device(config: RunConfig, world: World, dtype: torch.dtype) -> None:
     """What `train.zero` cannot know before the ranks know their devices.
 
     Raises:
-        UserError: quantized messages on CPU, or gradients in 4 bits where not every card of a node has a rank.
+        UserError: quantized messages on CPU, gradients in 4 bits where not every card of a node has a rank, or weights of
+            fp32 on NVMe.
     """
     zero = config.zero
+    if zero.offload_parameters is Offload.nvme and dtype == torch.float32:
+        raise UserError(
+            "DeepSpeed reads weights of fp32 back from NVMe as other numbers", found="fp32, offload_parameters nvme",
+            expected="hardware.precision=bf16, or weights elsewhere",
+            remedy="set hardware.precision=bf16 or zero.offload_parameters=cpu",
+        )  # fmt: skip
     if (zero.qwz or zero.qgz) and world.device.type != "cuda":
         raise UserError(
             "DeepSpeed has kernels for 8 and 4 bits on CUDA only", found=f"{', '.join(zero.extras)} on {world.device}",
