@@ -145,7 +145,7 @@ def check_device(config: RunConfig, world: World, dtype: torch.dtype) -> None:
     """What `train.zero` cannot know before the ranks know their devices.
 
     Raises:
-        UserError: quantized messages on CPU, gradients in 4 bits where not every card of a node has a rank, or weights of
+        UserError: quantized messages on CPU, gradients in 4 bits where not every card of a node has a rank, weights of
             fp32 on NVMe.
     """
     zero = config.zero
