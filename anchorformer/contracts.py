@@ -30,6 +30,7 @@ class VisionNeeds:
         cls_attention_from: first layer whose [CLS] attention, after softmax and averaged over heads, is needed; the
             layers from it to `layer` are tapped. None: none.
         received: whether the mean attention that each token of that block receives is needed.
+        qk: the layers whose block's keys, and [CLS] query where there is one, are needed, each at most once.
         final: whether the last block's output behind the tower's own last norm is needed; every block runs then.
         image_key: whether a number that stands for the image's content is needed.
     """
@@ -38,6 +39,7 @@ class VisionNeeds:
     cls_scores: bool = False
     cls_attention_from: int | None = None
     received: bool = False
+    qk: tuple[int, ...] = ()
     final: bool = False
     image_key: bool = False
 
@@ -61,6 +63,8 @@ class VisionFeatures:
             for the L layers that were asked for, the first one first; registers had their share and are left out.
         received_BN: fp32 attention that each of the N tokens receives, after softmax, averaged over heads and over all
             queries, itself and registers counted.
+        query_BLV: query of [CLS] in the L blocks of `qk`, in their order, heads side by side; None without [CLS].
+        keys_BLNV: keys of the same N tokens in these blocks, heads side by side; neither carries a gradient.
         final_BNV: the same N tokens behind the last block and the tower's last norm.
         image_key_B: int64, 0 to 2**32 - 1, a function of the image alone: the same in every batch, precision and place.
         sizes: where images of different numbers of tiles are views of different numbers of tokens, those numbers, on
@@ -73,6 +77,8 @@ class VisionFeatures:
     has_cls: bool
     cls_attention_BLN: Tensor | None = None
     received_BN: Tensor | None = None
+    query_BLV: Tensor | None = None
+    keys_BLNV: Tensor | None = None
     final_BNV: Tensor | None = None
     image_key_B: Tensor | None = None
     sizes: tuple[int, ...] | None = None

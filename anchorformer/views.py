@@ -120,13 +120,18 @@ def join_tiles(features: VisionFeatures, tile_counts: Sequence[int]) -> VisionFe
     else:
         places = torch.arange(max(sizes), device=tokens.device)
         mask = torch.stack([places < size for size in sizes])
-    key = features.image_key_B
+    key, query, keys = features.image_key_B, features.query_BLV, features.keys_BLNV
+    if keys is not None:
+        layers = keys.shape[1]
+        keys = joined(keys.transpose(1, 2).flatten(2), _tokens)
+        keys = None if keys is None else keys.unflatten(2, (layers, -1)).transpose(1, 2)
     return VisionFeatures(
         tokens_BNV=tokens, has_cls=features.has_cls,
         cls_scores_BHN=joined(features.cls_scores_BHN, _logits),
         cls_attention_BLN=joined(features.cls_attention_BLN, _attention),
         received_BN=joined(features.received_BN, _attention),
-        final_BNV=joined(features.final_BNV, _tokens),
+        query_BLV=None if query is None else torch.stack([part.mean(0) for part in query.split(counts)]),
+        keys_BLNV=keys, final_BNV=joined(features.final_BNV, _tokens),
         image_key_B=None if key is None else torch.stack([part.sum() % 2**32 for part in key.split(counts)]),
         sizes=None if mask is None else sizes, mask_BN=mask,
     )  # fmt: skip
@@ -165,12 +170,14 @@ def _part(features: VisionFeatures, rows: Sequence[int], size: int) -> VisionFea
         return None if x is None else torch.stack([x[row] for row in rows]).narrow(dim, 0, size)
 
     last, first = partial(pick, dim=-1), partial(pick, dim=1)
-    tokens, key = first(features.tokens_BNV), features.image_key_B
+    tokens, key, query = first(features.tokens_BNV), features.image_key_B, features.query_BLV
     assert tokens is not None
     return VisionFeatures(
         tokens_BNV=tokens, has_cls=features.has_cls, cls_scores_BHN=last(features.cls_scores_BHN),
         cls_attention_BLN=last(features.cls_attention_BLN), received_BN=last(features.received_BN),
-        final_BNV=first(features.final_BNV), image_key_B=None if key is None else torch.stack([key[r] for r in rows]),
+        query_BLV=None if query is None else torch.stack([query[row] for row in rows]),
+        keys_BLNV=pick(features.keys_BLNV, dim=2), final_BNV=first(features.final_BNV),
+        image_key_B=None if key is None else torch.stack([key[row] for row in rows]),
     )  # fmt: skip
 
 

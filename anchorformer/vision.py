@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,16 @@ from anchorformer.hub import check_complete
 from anchorformer.kernels.vision_attention import (
     VISION_ATTENTION,
     park_cls_scores,
+    park_qk,
     park_received,
     pop_cls_scores,
+    pop_qk,
     pop_received,
 )
 from anchorformer.selectors.base import names_without_cls
 from anchorformer.vision_families import attention_of, family_of, vision_config
+
+Left = TypeVar("Left", Tensor, tuple[Tensor, Tensor])
 
 
 class VisionTower(nn.Module):
@@ -77,6 +81,8 @@ class VisionTower(nn.Module):
                 park_cls_scores(attention_of(layer))
             if needs.received and number == self._tapped.layer:
                 park_received(attention_of(layer))
+            if number in self._tapped.qk:
+                park_qk(attention_of(layer))
         self._freeze_what_only_ranks()
 
     @classmethod
@@ -177,21 +183,27 @@ class VisionTower(nn.Module):
                 if tapped.cls_attention_from is not None:
                     rows.append(scores.softmax(-1).mean(1))
         received = self._left(pop_received(attention_of(self._layers[tapped.layer - 1]))) if tapped.received else None
+        behind = self._behind(tokens)
+        qk = [self._left(pop_qk(attention_of(self._layers[number - 1]))) for number in tapped.qk]
+        keys_BLNV = self._without_registers(torch.stack([keys for _, keys in qk], 1), 2) if qk else None
         return VisionFeatures(
             tokens_BNV=self._without_registers(tokens, 1),
             cls_scores_BHN=self._without_registers(scores, 2) if tapped.cls_scores and scores is not None else None,
             has_cls=self.has_cls,
             cls_attention_BLN=self._without_registers(torch.stack(rows, 1), 2) if rows else None,
             received_BN=None if received is None else self._without_registers(received, 1),
-            final_BNV=self._without_registers(self._final(tokens), 1) if tapped.final else None,
+            query_BLV=torch.stack([query for query, _ in qk], 1) if qk and self.has_cls else None,
+            keys_BLNV=keys_BLNV,
+            final_BNV=self._without_registers(self._final_norm(behind), 1) if tapped.final else None,
             image_key_B=image_key(pixels_B3HW) if tapped.image_key else None,
         )
 
     @torch.no_grad()
-    def _final(self, tokens: Tensor) -> Tensor:
+    def _behind(self, tokens: Tensor) -> Tensor:
+        """What the blocks behind the tapped one make of its tokens; these blocks only rank."""
         for layer in islice(self._layers, self._tapped.layer, None):
             tokens = self._run(layer, tokens)
-        return cast(Tensor, self._final_norm(tokens))
+        return tokens
 
     def _freeze_what_only_ranks(self) -> None:
         for layer in islice(self._layers, self.tapped_layer, None):
@@ -222,7 +234,7 @@ class VisionTower(nn.Module):
         # CLIP's and SigLIP's blocks require the argument; DINOv2's have none in older versions of transformers.
         return not self.model.config.model_type.startswith("dinov2")
 
-    def _left(self, found: Tensor | None) -> Tensor:
+    def _left(self, found: Left | None) -> Left:
         """What a tapped block has left of this forward."""
         if found is None:
             raise UserError(
@@ -285,7 +297,8 @@ def _resolved(needs: VisionNeeds, num_layers: int) -> VisionNeeds:
                 expected=f"a start_layer from 1 to {layer}",
                 remedy="correct `start_layer` or `layer` of the selector",
             )
-    return replace(needs, layer=layer, cls_attention_from=first)
+    qk = tuple(_counted("layer of keys", each, num_layers) for each in needs.qk)
+    return replace(needs, layer=layer, cls_attention_from=first, qk=qk)
 
 
 def _counted(name: str, layer: int, num_layers: int) -> int:
@@ -302,7 +315,7 @@ def _counted(name: str, layer: int, num_layers: int) -> int:
 
 def _num_layers_needed(tapped: VisionNeeds, num_layers: int) -> int:
     """How many blocks have to run."""
-    return num_layers if tapped.final else tapped.layer
+    return num_layers if tapped.final else max((tapped.layer, *tapped.qk))
 
 
 def _parameter_to_buffer(model: nn.Module, path: str) -> None:

@@ -29,6 +29,7 @@ behind with heads of 80.
 
 _PARKED = "parked_cls_scores"
 _PARKED_RECEIVED = "parked_received"
+_PARKED_QK = "parked_qk"
 
 
 def attend_with_cls_row(
@@ -82,6 +83,19 @@ def pop_received(attention: nn.Module) -> Tensor | None:
     return received
 
 
+def park_qk(attention: nn.Module) -> None:
+    """From now on this attention module keeps its first query and its keys of each forward, until `pop_qk`."""
+    setattr(attention, _PARKED_QK, None)
+
+
+def pop_qk(attention: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Query 0 (B, V) and the keys (B, N, V) of the last forward, heads side by side, without gradient, which the module
+    then forgets; None if none were left."""
+    parked: tuple[Tensor, Tensor] | None = getattr(attention, _PARKED_QK)
+    setattr(attention, _PARKED_QK, None)
+    return parked
+
+
 def _vision_forward(
     module: nn.Module,
     query: Tensor,
@@ -96,6 +110,9 @@ def _vision_forward(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if hasattr(module, _PARKED_RECEIVED):
         setattr(module, _PARKED_RECEIVED, received_attention(query, key, scale))
+    if hasattr(module, _PARKED_QK):
+        first_BV = query[:, :, 0].detach().flatten(1)
+        setattr(module, _PARKED_QK, (first_BV, key.detach().transpose(1, 2).flatten(2)))
     if not hasattr(module, _PARKED):
         return attend(query, key, value, scale=scale, mask=attention_mask, dropout=dropout), None
     out, scores = attend_with_cls_row(query, key, value, scale, mask=attention_mask, dropout=dropout)

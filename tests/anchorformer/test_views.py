@@ -162,6 +162,7 @@ def features_of(tiles: int, has_cls: bool = True, patches: int = 16, heads: int 
         cls_scores_BHN=draw(tiles, heads, tokens) if has_cls else None,
         cls_attention_BLN=draw(tiles, 2, tokens).softmax(-1) if has_cls else None,
         received_BN=draw(tiles, tokens).softmax(-1), final_BNV=draw(tiles, tokens, width),
+        query_BLV=draw(tiles, 2, width) if has_cls else None, keys_BLNV=draw(tiles, 2, tokens, width),
         image_key_B=torch.arange(tiles) + 2**32 - 3,
     )  # fmt: skip
 
@@ -179,6 +180,13 @@ def test_a_joint_view_is_one_large_image(has_cls: bool) -> None:
         size = joint.sizes[row]
         assert torch.equal(joint.tokens_BNV[row, cls:size], tiles.tokens_BNV[own, cls:].flatten(0, 1))
         assert torch.equal(joint.tokens_BNV[row, :cls], tiles.tokens_BNV[own, :cls].mean(0))
+        assert joint.keys_BLNV is not None
+        assert tiles.keys_BLNV is not None
+        keys = joint.keys_BLNV[row, :, :size]
+        assert torch.equal(keys[:, cls:], tiles.keys_BLNV[own, :, cls:].movedim(0, 1).flatten(1, 2))
+        assert torch.equal(keys[:, :cls], tiles.keys_BLNV[own, :, :cls].mean(0))
+        if joint.query_BLV is not None and tiles.query_BLV is not None:
+            assert torch.equal(joint.query_BLV[row], tiles.query_BLV[own].mean(0))
         assert joint.received_BN is not None
         assert torch.isclose(joint.received_BN[row, :size].sum(), torch.tensor(1.0))
         if joint.cls_scores_BHN is not None and tiles.cls_scores_BHN is not None:

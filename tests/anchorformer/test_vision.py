@@ -154,6 +154,36 @@ def test_what_other_selectors_read_is_that_of_the_stock_model(
         assert torch.equal(features.image_key_B, image_key(_pixels()))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keys_and_cls_queries_are_the_projections_of_the_stock_model(family: str) -> None:
+    """Of a block before the tapped one, and of the last one, which therefore runs, untrained."""
+    stock, projected = _stock(family), {"q": list[Tensor](), "k": list[Tensor]()}
+    for name, module in stock.named_modules():
+        kind = name.rpartition(".")[2]
+        if kind in ("q_proj", "query", "k_proj", "key"):
+            module.register_forward_hook(lambda _, __, out, kept=projected[kind[0]]: kept.append(out.detach()))
+    with torch.no_grad():
+        reference = stock(_pixels(), output_hidden_states=True)
+    queries, keys = ([kept[block] for block in (3, 0)] for kept in projected.values())
+    tower = VisionTower(stock, VisionNeeds(layer=2, qk=(-1, 1))).train()
+    features = tower(_pixels())
+    assert (tower.num_layers, tower.tapped_layer) == (4, 2)
+    torch.testing.assert_close(
+        features.tokens_BNV, _without_registers(reference.hidden_states[2], 1, tower.num_registers)
+    )
+    assert features.keys_BLNV is not None
+    expected = _without_registers(torch.stack(keys, 1), 2, tower.num_registers)
+    torch.testing.assert_close(features.keys_BLNV, expected, atol=TOLERANCE, rtol=TOLERANCE)
+    if tower.has_cls:
+        assert features.query_BLV is not None
+        torch.testing.assert_close(features.query_BLV, torch.stack(queries, 1)[:, :, 0], atol=TOLERANCE, rtol=TOLERANCE)
+    else:
+        assert features.query_BLV is None
+    assert not features.keys_BLNV.requires_grad
+    assert not any(parameter.requires_grad for layer in tower._layers[2:] for parameter in layer.parameters())
+    assert tower(_pixels(1)).keys_BLNV.shape[0] == 1, "what a forward left is not kept"
+
+
 def test_the_key_of_an_image_is_its_own() -> None:
     pixels = _pixels(4)
     keys = image_key(pixels)
