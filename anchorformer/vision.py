@@ -46,6 +46,7 @@ class VisionTower(nn.Module):
         has_cls: whether token 0 is [CLS].
         width: V, width of the tokens.
         image_size: pixels per side of the images it takes.
+        num_layers_whole: blocks before it was cut; layers are counted in these.
     """
 
     def __init__(self, model: PreTrainedModel, needs: VisionNeeds) -> None:
@@ -68,6 +69,7 @@ class VisionTower(nn.Module):
 
         self.model = model
         layers = self._layers
+        self.num_layers_whole = len(layers)
         self._tapped = _resolved(needs, len(layers))
         del layers[_num_layers_needed(self._tapped, len(layers)) :]
         for path in self._family.unused if needs.final else (*self._family.unused, self._family.final_norm):
@@ -96,10 +98,11 @@ class VisionTower(nn.Module):
         family_of(config)
         _check_cls(config, family_of(config).has_cls, needs)
         # Layers are counted from the front before the blocks are cut: that holds for what is left, too.
-        tapped = _resolved(needs, config.num_hidden_layers)
-        config.num_hidden_layers = _num_layers_needed(tapped, config.num_hidden_layers)
+        whole = config.num_hidden_layers
+        tapped = _resolved(needs, whole)
+        config.num_hidden_layers = _num_layers_needed(tapped, whole)
         tower = cls(AutoModel.from_config(config, attn_implementation=VISION_ATTENTION), tapped)
-        tower.needs = needs
+        tower.needs, tower.num_layers_whole = needs, whole
         return tower
 
     @classmethod
@@ -127,6 +130,16 @@ class VisionTower(nn.Module):
     def num_layers(self) -> int:
         """Blocks that are kept."""
         return len(self._layers)
+
+    def has_blocks_for(self, needs: VisionNeeds) -> bool:
+        """Whether what was kept is enough to tap this.
+
+        Raises:
+            UserError: the tower did not have such a layer before it was cut.
+        """
+        tapped = _resolved(needs, self.num_layers_whole)
+        last = _num_layers_needed(tapped, self.num_layers_whole)
+        return last <= self.num_layers and (self.needs.final or not needs.final)
 
     @property
     def tapped_layer(self) -> int:

@@ -28,7 +28,7 @@ Choices = dict[str, dict[int, SelectorConfig]]
 def choices(model: AnchorFormerForConditionalGeneration) -> Choices:
     """The selectors that fit the model's tower and tiling, all on the layer that it was trained on.
 
-    One that reads the tower's output is left out where the model has been cut before it.
+    One that reads what lies behind the block that the tower was cut at is left out.
     """
     own, _ = parse_parts(model.config.selector, model.config.connector)
     found: Choices = {}
@@ -79,7 +79,7 @@ def nearest(counts: dict[int, Any], wanted: int) -> int:
 
 
 def _is_served(config: SelectorConfig, tower: VisionTower) -> bool:
-    return (tower.has_cls or not config.needs_cls) and (tower.needs.final or not config.needs.final)
+    return (tower.has_cls or not config.needs_cls) and tower.has_blocks_for(config.needs)
 
 
 def _by_count(config: SelectorConfig, model: AnchorFormerForConditionalGeneration) -> dict[int, SelectorConfig]:
