@@ -1,13 +1,10 @@
-"""Which selectors can stand before a trained connector, and the same model with another one there."""
+"""Which selectors can stand before a trained connector."""
 
 from __future__ import annotations
 
-import copy
 import pkgutil
 from dataclasses import fields, replace
 from typing import Any
-
-import torch
 
 from anchorformer import selectors
 from anchorformer.errors import UserError
@@ -15,7 +12,7 @@ from anchorformer.import_llava import read_selector
 from anchorformer.modeling import AnchorFormerForConditionalGeneration, parse_parts
 from anchorformer.schema import parse_plugin
 from anchorformer.selectors.base import SelectorConfig
-from anchorformer.views import build_selector, embeddings_per_view, view_sizes
+from anchorformer.views import embeddings_per_view, view_sizes
 from anchorformer.vision import VisionTower
 
 BUDGETS = ("num_anchors", "window")
@@ -47,23 +44,6 @@ def trained_with(model: AnchorFormerForConditionalGeneration) -> tuple[str, int]
     """Name and T of the model's own selector."""
     own, _ = parse_parts(model.config.selector, model.config.connector)
     return type(own).__module__.rpartition(".")[2], _count(own, model)
-
-
-def with_selector(
-    model: AnchorFormerForConditionalGeneration, selector: SelectorConfig
-) -> AnchorFormerForConditionalGeneration:
-    """The model with another selector and a tower that taps what it reads; every weight is that of `model`."""
-    tower = model.vision_tower
-    with torch.random.fork_rng(devices=[]):
-        tapping = VisionTower.from_config(model.config.vision_config, selector.needs)
-    weights = tower.state_dict(keep_vars=True)
-    tapping.load_state_dict({name: weights[name] for name in tapping.state_dict()}, assign=True)
-    other = copy.copy(model)
-    other._modules = dict(model._modules)  # which a copy would share
-    other.vision_tower = tapping.to(model.device).requires_grad_(False).eval()
-    other.selector = build_selector(model.tiling, selector, tower.num_tokens, tower.num_heads, tower.has_cls)
-    other.num_image_tokens = _embeddings(selector, model)
-    return other
 
 
 def follows_anchors(model: AnchorFormerForConditionalGeneration) -> bool:
