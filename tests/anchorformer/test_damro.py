@@ -12,10 +12,13 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
+from anchorformer.answering import Answer
+from anchorformer.chat import chat, read_decoding
 from anchorformer.contracts import Anchors, VisionFeatures, VisionNeeds
 from anchorformer.decoding.damro import Damro, DamroConfig, contrasted, outlier_indices
 from anchorformer.errors import UserError
 from anchorformer.images import normalise
+from anchorformer.opening import Opened
 from anchorformer.seen import Seen
 from anchorformer.vision import VisionTower
 from tests.anchorformer.test_generation import ASKED, CONF, ONE, SMALL, WIDE, Case
@@ -256,3 +259,19 @@ def test_a_tower_that_is_tapped_otherwise_shares_its_weights(tiny: Case) -> None
     parked = [name for module in other.modules() for name in vars(module) if name.startswith("parked")]
     assert parked == ["parked_received"], "what the first one taps is not computed here"
     assert isinstance(other, VisionTower)
+
+
+def test_the_terminal_decodes_as_it_is_told(tiny_folder: Path, tiny: Case) -> None:
+    assert read_decoding("damro", "alpha=1.5", "top_k=3", "beta=0.05") == DAMRO
+    assert read_decoding("damro", "layer=null") == DamroConfig()
+    for words in (("damr",), ("damro", "alpha"), ("damro", "alpha=-1"), ("greedy", "alpha=1")):
+        with pytest.raises(UserError, match="--decoding"):
+            read_decoding(*words)
+    opened = Opened(tiny_folder, tiny.model, tiny.processor)
+    strong = replace(DAMRO, alpha=4.0).build(tiny.model)
+    lines = ["what color is the star?", "and tea?"]
+    told = "".join(chat(opened, WIDE, lines, max_new_tokens=4, decoding=strong))
+    seen = Seen(tiny.model, tiny.processor, [WIDE], strong)
+    first = "".join(Answer(tiny.model, tiny.processor, [("user", f"<image>\n{lines[0]}")], seen, max_new_tokens=4))
+    assert told.startswith(f"{first}\n")
+    assert told != "".join(chat(opened, WIDE, lines, max_new_tokens=4))
