@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PYTHONPATH := $(CURDIR)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install train train-full sweep ablation dashboard test faults chaos test-slow test-slurm test-gpu test-compat test-harness lint format clean
+.PHONY: help install train train-full sweep ablation neighbours dashboard test faults chaos test-slow test-slurm test-gpu test-compat test-harness lint format clean
 
 help: ## list all targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -58,6 +58,11 @@ ablation: install ## connectors, anchors and selectors of the mini world, three 
 	@$(PY) -m miniworld --budget train --out $(WORLD)
 	@$(PY) -m train sweep sweep=miniworld_ablation
 	@$(PY) -m evals.report checkpoints/miniworld_ablation
+
+neighbours: install ## experimental: the other [CLS] methods beside AnchorFormer on the mini world, at one budget, three seeds (hours; goes on where it was stopped)
+	@$(PY) -m miniworld --budget train --out $(WORLD)
+	@$(PY) -m train sweep sweep=miniworld_neighbours
+	@$(PY) -m evals.report checkpoints/miniworld_neighbours
 
 dashboard: install ## Trackio over all runs below checkpoints/, on loopback
 	@$(PY) -m train dashboard

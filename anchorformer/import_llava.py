@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import logging
-import pkgutil
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +25,7 @@ from anchorformer.images import ImageTransform
 from anchorformer.model_folder import PARTS, compare_shapes, read_header
 from anchorformer.modeling import AnchorFormerForConditionalGeneration, parse_parts
 from anchorformer.processing import AnchorFormerProcessor
-from anchorformer.schema import TARGET, plugin_to_plain
+from anchorformer.schema import TARGET, plugin_to_plain, plugins_by_name
 from anchorformer.selectors.anchor import AnchorSelectorConfig
 from anchorformer.selectors.base import ClsAndPatchesConfig, SelectorConfig
 
@@ -210,20 +208,13 @@ def read_selector(overrides: Sequence[str]) -> dict[str, Any]:
             values[key.removeprefix("selector.")] = _value(text, value)
         else:
             raise _unreadable(text)
-    names = {info.name for info in pkgutil.iter_modules(selectors.__path__)} - {"base"}
-    known = {name: f"{selectors.__name__}.{name}" for name in names}
-    targets = {
-        kind: f"{cls.__module__}.{cls.__qualname__}"
-        for kind, path in known.items()
-        for cls in vars(importlib.import_module(path)).values()
-        if isinstance(cls, type) and issubclass(cls, SelectorConfig) and cls.__module__ == path
-    }  # fmt: skip
-    if name not in targets:
+    kinds = plugins_by_name(SelectorConfig, selectors.__name__)
+    if name not in kinds:
         raise UserError(
             "which tokens are to be kept?", found=f"selector={name}" if name else "no selector=NAME",
-            expected=f"one of {', '.join(sorted(targets))}", remedy="e.g. selector=anchor selector.num_anchors=145",
+            expected=f"one of {', '.join(sorted(kinds))}", remedy="e.g. selector=anchor selector.num_anchors=145",
         )  # fmt: skip
-    return {TARGET: targets[name], **values}
+    return {TARGET: f"{kinds[name].__module__}.{kinds[name].__qualname__}", **values}
 
 
 def _value(text: str, value: str) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import pkgutil
 from collections.abc import Iterator, Mapping
 from enum import Enum
 from pathlib import Path
@@ -98,6 +99,18 @@ def parse_plugin(base: type[T], spec: Mapping[str, Any], package: str, where: st
             remedy="choose a YAML of the right config group",
         )
     return parse(cls, {key: value for key, value in spec.items() if key != TARGET}, where, remedy)
+
+
+def plugins_by_name(base: type[T], package: str) -> dict[str, type[T]]:
+    """The plug-ins of a package by the names of their files, which are those of their YAMLs."""
+    found: dict[str, type[T]] = {}
+    for info in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        module = importlib.import_module(f"{package}.{info.name}")
+        own = [value for value in vars(module).values() if getattr(value, "__module__", None) == module.__name__]
+        kinds = [value for value in own if isinstance(value, type) and issubclass(value, base)]
+        if kinds and info.name != "base":
+            found[info.name] = kinds[-1]
+    return found
 
 
 def to_plain(value: Any) -> Any:

@@ -12,6 +12,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import DynamicCache
 
+from anchorformer.decoding.base import Decoding, Sight
+from anchorformer.decoding.greedy import Greedy
 from anchorformer.modeling import AnchorFormerForConditionalGeneration
 from anchorformer.processing import AnchorFormerProcessor
 from anchorformer.writer import Turns
@@ -29,28 +31,34 @@ class Seen:
     Args:
         model: in evaluation mode; its weights must stay as they are.
         images: what every prompt is about, in order; may be none.
+        decoding: of this model; None is greedy.
     """
 
     def __init__(
         self, model: AnchorFormerForConditionalGeneration, processor: AnchorFormerProcessor,
-        images: Sequence[Image.Image],
+        images: Sequence[Image.Image], decoding: Decoding | None = None,
     ) -> None:  # fmt: skip
         self.images = tuple(images)
+        self._decoding = decoding or Greedy(model)
         self._model, self._processor = model, processor
         self._asking = threading.Lock()
         self._ids_S = torch.empty(0, dtype=torch.int64)
         self._cache = DynamicCache()
 
-    @cached_property
-    @torch.no_grad()
+    @property
     def image_embeds(self) -> Tensor:
         """(views, T, D), for `generate` and `forward` of any batch that shows these images; made at first use."""
+        return self._sight.embeds_XTD
+
+    @cached_property
+    @torch.no_grad()
+    def _sight(self) -> Sight:
         transform = self._processor.image_transform
         if not self.images:
-            return torch.empty(0, self._processor.num_image_tokens, self._model.config.text_config.hidden_size)
+            width = self._model.config.text_config.hidden_size
+            return Sight(torch.empty(0, self._processor.num_image_tokens, width))
         counts = [transform.count(image.size) for image in self.images]
-        embeds: Tensor = self._model.encode_images(transform.tiles(self.images).to(self._model.device), counts)
-        return embeds
+        return self._decoding.see(transform.tiles(self.images).to(self._model.device), counts)
 
     def generate(self, turns: Turns, **settings: Any) -> Tensor:
         """Ids (S,) of the answer, the stop among them once it is there.
@@ -64,12 +72,14 @@ class Seen:
         """
         ids_S = self._processor.prompt(turns, self.images)
         ids_BS = ids_S[None].to(self._model.device)
+        mask_BS = torch.ones_like(ids_BS)
         with self._asking:
             cache, known = self._take(ids_S)
             views = self._count_images(ids_S[:known]) // self._processor.num_image_tokens
             read_S: Tensor = self._model.generate(
-                input_ids=ids_BS, attention_mask=torch.ones_like(ids_BS), image_embeds=self.image_embeds[views:],
+                input_ids=ids_BS, attention_mask=mask_BS, image_embeds=self.image_embeds[views:],
                 past_key_values=cache, use_cache=True, num_beams=1, num_return_sequences=1,
+                logits_processor=self._decoding.logits_processors(ids_BS, mask_BS, self._sight),
                 eos_token_id=self._processor.stop_token_ids, **settings,
             )[0].cpu()  # fmt: skip
             # The last token was chosen and never read.

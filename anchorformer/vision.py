@@ -21,6 +21,7 @@ from anchorformer.hub import check_complete
 from anchorformer.kernels.vision_attention import (
     VISION_ATTENTION,
     park_cls_scores,
+    park_nothing,
     park_qk,
     park_received,
     pop_cls_scores,
@@ -46,6 +47,7 @@ class VisionTower(nn.Module):
         has_cls: whether token 0 is [CLS].
         width: V, width of the tokens.
         image_size: pixels per side of the images it takes.
+        num_layers_whole: blocks before it was cut; layers are counted in these.
     """
 
     def __init__(self, model: PreTrainedModel, needs: VisionNeeds) -> None:
@@ -68,6 +70,7 @@ class VisionTower(nn.Module):
 
         self.model = model
         layers = self._layers
+        self.num_layers_whole = len(layers)
         self._tapped = _resolved(needs, len(layers))
         del layers[_num_layers_needed(self._tapped, len(layers)) :]
         for path in self._family.unused if needs.final else (*self._family.unused, self._family.final_norm):
@@ -77,6 +80,7 @@ class VisionTower(nn.Module):
             _parameter_to_buffer(model, path)
         model.set_attn_implementation(VISION_ATTENTION)
         for number, layer in enumerate(layers, start=1):
+            park_nothing(attention_of(layer))
             if self._reads_cls_row(number):
                 park_cls_scores(attention_of(layer))
             if needs.received and number == self._tapped.layer:
@@ -96,10 +100,11 @@ class VisionTower(nn.Module):
         family_of(config)
         _check_cls(config, family_of(config).has_cls, needs)
         # Layers are counted from the front before the blocks are cut: that holds for what is left, too.
-        tapped = _resolved(needs, config.num_hidden_layers)
-        config.num_hidden_layers = _num_layers_needed(tapped, config.num_hidden_layers)
+        whole = config.num_hidden_layers
+        tapped = _resolved(needs, whole)
+        config.num_hidden_layers = _num_layers_needed(tapped, whole)
         tower = cls(AutoModel.from_config(config, attn_implementation=VISION_ATTENTION), tapped)
-        tower.needs = needs
+        tower.needs, tower.num_layers_whole = needs, whole
         return tower
 
     @classmethod
@@ -127,6 +132,41 @@ class VisionTower(nn.Module):
     def num_layers(self) -> int:
         """Blocks that are kept."""
         return len(self._layers)
+
+    def has_blocks_for(self, needs: VisionNeeds) -> bool:
+        """Whether what was kept is enough to tap this.
+
+        Raises:
+            UserError: the tower did not have such a layer before it was cut.
+        """
+        tapped = _resolved(needs, self.num_layers_whole)
+        last = _num_layers_needed(tapped, self.num_layers_whole)
+        return last <= self.num_layers and (self.needs.final or not needs.final)
+
+    def counted_from_front(self, layer: int) -> int:
+        """A layer of the whole tower, 1 for the output of its first block.
+
+        Raises:
+            UserError: the tower did not have it before it was cut.
+        """
+        return _counted("layer", layer, self.num_layers_whole)
+
+    def retapped(self, needs: VisionNeeds) -> VisionTower:
+        """A frozen tower in evaluation mode that taps what `needs` says; its weights are those of this one, shared.
+
+        Raises:
+            UserError: it would need blocks that were cut off, or as the constructor.
+        """
+        if not self.has_blocks_for(needs):
+            raise UserError(
+                "the vision tower was cut before what is to be read of it", found=f"{self.num_layers} blocks, {needs}",
+                expected=f"layers up to {self.num_layers}, as the model's selector needed them",
+                remedy="name an earlier layer, or assemble the model with a selector that reads a later one",
+            )  # fmt: skip
+        shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
+        tower = VisionTower(copy.deepcopy(self.model, shared), _resolved(needs, self.num_layers_whole))
+        tower.needs, tower.num_layers_whole = needs, self.num_layers_whole
+        return tower.requires_grad_(False).eval()
 
     @property
     def tapped_layer(self) -> int:

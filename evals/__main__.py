@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 
-from anchorformer.errors import run_guarded
+from anchorformer.errors import UserError, run_guarded
 from anchorformer.schema import parse
 from data.folders import model_folder
 from data.overrides import CONF, CommandLine, Override, check_option, options, values
@@ -18,17 +18,22 @@ from evals.config import Condition, EvalConfig
 from evals.prepare import prepare
 from evals.workers import run_shares
 
-COMMAND_LINE = CommandLine(command="python -m evals", config="evals", schema=EvalConfig, keys=("task",))
+COMMAND_LINE = CommandLine(
+    command="python -m evals", config="evals", schema=EvalConfig, keys=("task", "selector"),
+    plugins=("selector", "decoding"),
+)  # fmt: skip
 
 
 def compose_config(overrides: Sequence[str]) -> EvalConfig:
     """The command line as a checked config: the tasks it names are taken from conf/eval.
 
     Raises:
-        UserError: what `CommandLine` raises, an unknown task, or a value of the wrong type.
+        UserError: what `CommandLine` raises, an unknown task or selector, or a value of the wrong type.
     """
     parsed = COMMAND_LINE.read([word for override in overrides for word in _in_full(override)])
-    composed = COMMAND_LINE.compose(parsed, [f"+eval@tasks.{name}={name}" for name in chosen(parsed)])
+    groups = [f"+eval@tasks.{name}={name}" for name in chosen(parsed)]
+    groups += [f"+selector@selector={name}" for name in _other_selector(parsed)]
+    composed = COMMAND_LINE.compose([item for item in parsed if item.key_or_group != "selector"], groups)
     del composed["task"]
     if isinstance(composed["conditions"], str):  # one may be named without brackets, as one task may
         composed["conditions"] = [composed["conditions"]]
@@ -44,6 +49,8 @@ def usage() -> str:
        python -m evals model=... task=custom data=mine.jsonl "metrics=[exact,anls,relaxed]"
 
 Answers and scores questions; predictions and results go to <model>/evals, one of each per task and condition.
+selector= (with selector.num_anchors= and the like) puts another selector before the trained connector, decoding=damro
+decodes otherwise (experimental); such results go to a folder of their own there.
 
 tasks:
 {tasks}
@@ -69,7 +76,7 @@ def main() -> int:
         found = put_together(config, prepared, out)
     else:
         respondent = load(folder, config, [question for _, questions in prepared.values() for question in questions])
-        found = evaluate(config, prepared, respondent, respondent.facts, out)
+        found = evaluate(config, prepared, respondent, respondent.facts, out, respondent.peak_gib)
     for result in found:
         print(line(result), flush=True)
     print(f"predictions and results: {out}")
@@ -78,7 +85,7 @@ def main() -> int:
 
 def out_folder(config: EvalConfig) -> Path:
     """Where predictions and results go."""
-    return Path(config.out) if config.out else Path(config.model) / "evals"
+    return Path(config.out) if config.out else Path(config.model) / "evals" / (config.variant_name or "")
 
 
 def _in_full(override: str) -> list[str]:
@@ -108,6 +115,23 @@ def chosen(overrides: Sequence[Override]) -> list[str]:
     for name in names:
         check_option("task", name, options("eval"), "name a file of conf/eval; a task of your own is one YAML there")
     return names
+
+
+def _other_selector(overrides: Sequence[Override]) -> list[str]:
+    """The selector that `selector=` names, if there is one.
+
+    Raises:
+        UserError: one that conf/selector does not have, or values of a selector without its name.
+    """
+    given = [name for item in overrides if item.key_or_group == "selector" for name in values(item)][-1:]
+    if not given and any(item.key_or_group.startswith("selector.") for item in overrides):
+        raise UserError(
+            "selector.* without selector=", found="values of a selector that is not named",
+            expected=f"selector= with one of {', '.join(options('selector'))}", remedy="name the selector as well",
+        )  # fmt: skip
+    for name in given:
+        check_option("selector", name, options("selector"), "name a file of conf/selector")
+    return given
 
 
 def _about(task: str) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 from anchorformer.errors import UserError
-from anchorformer.schema import Schema
+from anchorformer.schema import TARGET, Schema
 from data.scan_config import TemplateName
 
 
@@ -103,8 +104,14 @@ class EvalConfig(QuestionsConfig):
     device: Device = Device.auto
     precision: Precision = Precision.auto
     """`auto` is bf16 on CUDA and fp32 on CPU, where scores are then equal for every batch size."""
+    selector: dict[str, Any] = field(default_factory=dict)
+    """Plug-in of `anchorformer.selectors` that stands before the trained connector; the model's own where empty."""
+    decoding: dict[str, Any] = field(default_factory=lambda: {TARGET: "anchorformer.decoding.greedy.GreedyConfig"})
+    """Plug-in of `anchorformer.decoding`: how answers are generated."""
+    variant: str | None = None
+    """Name of an evaluation that is not the model's own; null is made of what is otherwise: `fastervlm-damro`."""
     out: str | None = None
-    """Folder of the results; null is `evals` in the folder named by `model`."""
+    """Folder of the results; null is `evals` in the folder named by `model`, and of a variant its own one there."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -116,3 +123,28 @@ class EvalConfig(QuestionsConfig):
                 expected="some of right, shuffled, none",
                 remedy="e.g. conditions=[right,shuffled]",
             )
+        if self.variant is not None and not re.fullmatch(r"\w[\w.-]*", self.variant):
+            raise UserError(
+                "the variant's name is no folder name", found=f"variant={self.variant}",
+                expected="letters, digits, - _ .", remedy="e.g. variant=damro_4",
+            )  # fmt: skip
+        if self.data.feature_cache is not None and (self.selector or self.method != "greedy"):
+            raise UserError(
+                "the feature cache holds what the model's own selector reads", found=f"another {self.variant_name}",
+                expected="the vision tower itself", remedy="leave out data.feature_cache",
+            )  # fmt: skip
+
+    @property
+    def method(self) -> str:
+        """The decoding, by the name of its file."""
+        return _file_of(self.decoding)
+
+    @property
+    def variant_name(self) -> str | None:
+        """What tells the evaluation from the model's own; None where it is that."""
+        own = [_file_of(self.selector)] * bool(self.selector) + [self.method] * (self.method != "greedy")
+        return self.variant or "-".join(own) or None
+
+
+def _file_of(plugin: dict[str, Any]) -> str:
+    return str(plugin.get(TARGET)).rpartition(".")[0].rpartition(".")[2]

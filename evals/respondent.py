@@ -1,4 +1,4 @@
-"""The model as it is asked: batches of questions in, greedy answers or losses out."""
+"""The model as it is asked: batches of questions in, answers or losses out."""
 
 from __future__ import annotations
 
@@ -16,12 +16,17 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 import anchorformer.auto  # noqa: F401  (makes the processor known to AutoProcessor)
-from anchorformer import hub
+from anchorformer import decoding as decodings
+from anchorformer import hub, selectors
+from anchorformer.decoding.base import Decoding, DecodingConfig, Sight
+from anchorformer.decoding.greedy import Greedy
 from anchorformer.errors import UserError
 from anchorformer.model_folder import MANIFEST, sha256
 from anchorformer.modeling import AnchorFormerForConditionalGeneration
 from anchorformer.processing import AnchorFormerProcessor
-from anchorformer.schema import to_plain
+from anchorformer.reselect import with_selector
+from anchorformer.schema import parse_plugin, to_plain
+from anchorformer.selectors.base import SelectorConfig
 from anchorformer.weights import check_folder, load_model
 from data.collate import collate
 from data.config import OnBad
@@ -30,7 +35,10 @@ from data.fill import fill, images_digest
 from data.images import load as load_image
 from data.record import ImageRef
 from evals.config import Device, EvalConfig, Precision
+from evals.memory import GIB, Memory
 from evals.questions import Question
+
+REMEDY = "correct it; `python -m evals --help` lists the keys"
 
 
 class ModelRespondent:
@@ -40,6 +48,7 @@ class ModelRespondent:
         batch_size: questions answered together; rows are padded on the left, so answers do not depend on it.
         facts: what to write beside every score: model, template, precision, versions.
         features: filled with what the vision tower says of every tile that is asked about; None runs it.
+        decoding: of this model, for answers; None is greedy.
         among_ranks: whether a forward pass of the model is a collective (ZeRO-3): none then leaves a generation before
             all have their answers.
     """
@@ -52,9 +61,12 @@ class ModelRespondent:
         facts: dict[str, Any],
         *,
         features: FeatureCache | None = None,
+        decoding: Decoding | None = None,
         among_ranks: bool = False,
     ) -> None:
         self._model = model.eval()
+        self._greedy = Greedy(model)
+        self._decoding = decoding or self._greedy
         self._processor = processor
         self._batch_size = batch_size
         self._features = features
@@ -63,7 +75,7 @@ class ModelRespondent:
 
     @torch.no_grad()  # not inference_mode, whose tensors ZeRO-3 would keep and then could not train on
     def answers(self, questions: Sequence[Question], max_new_tokens: int) -> list[str]:
-        """Greedy answers without surrounding white space; each ends at the template's stop or at `max_new_tokens`."""
+        """Answers without surrounding white space; each ends at the template's stop or at `max_new_tokens`."""
         tokenizer = self._processor.tokenizer
         texts: list[str] = []
         for chunk in self._chunks(questions, "answering"):
@@ -73,9 +85,11 @@ class ModelRespondent:
             )
             tiles_B3HW, counts = inputs.pop("pixel_values", None), inputs.pop("tile_counts", None)
             inputs = inputs.to(self._model.device)
+            sight = self._see(chunk, tiles_B3HW, counts, self._decoding)
             ids_BL = self._model.generate(
                 **inputs,
-                image_embeds=self._embeds(chunk, tiles_B3HW, counts),
+                image_embeds=None if sight is None else sight.embeds_XTD,
+                logits_processor=self._decoding.logits_processors(inputs["input_ids"], inputs["attention_mask"], sight),
                 do_sample=False,
                 max_new_tokens=max_new_tokens,
                 eos_token_id=self._processor.stop_token_ids,
@@ -100,14 +114,14 @@ class ModelRespondent:
                 for item in chunk
             ]
             batch = collate(examples)
-            embeds_XTD = self._embeds(chunk, batch.tiles_B3HW, batch.tile_counts)
+            sight = self._see(chunk, batch.tiles_B3HW, batch.tile_counts, self._greedy)
             batch = batch.to(self._model.device)
             logits_QD = self._model(
                 input_ids=batch.input_ids_S[None],
                 position_ids=batch.position_ids_S[None],
                 cu_seqlens=batch.cu_seqlens,
                 max_seqlen=batch.max_seqlen,
-                image_embeds=embeds_XTD,
+                image_embeds=None if sight is None else sight.embeds_XTD,
                 logits_to_keep=batch.predict_index_Q,
             ).logits[0]
             nll_Q = cross_entropy(logits_QD.float(), batch.targets_Q, reduction="none").double()
@@ -116,10 +130,15 @@ class ModelRespondent:
             losses += zip(sums.tolist(), sample_Q.bincount(minlength=len(chunk)).tolist(), strict=True)
         return losses
 
-    def _embeds(
-        self, questions: Sequence[Question], tiles_B3HW: Tensor | None, tile_counts: Sequence[int] | None
-    ) -> Tensor | None:
-        """Visual embeddings (X, T, D) of the questions' images, in their order; None where there are none.
+    def peak_gib(self) -> float:
+        """The most memory that this process has held: on the card, or in RAM where it computes on the CPU."""
+        return Memory.of(self._model.device).computing / GIB
+
+    def _see(
+        self, questions: Sequence[Question], tiles_B3HW: Tensor | None, tile_counts: Sequence[int] | None,
+        decoding: Decoding,
+    ) -> Sight | None:  # fmt: skip
+        """What is seen of the questions' images, in their order; None where there are none.
 
         Args:
             tiles_B3HW: of these images.
@@ -133,10 +152,15 @@ class ModelRespondent:
         device, features = self._model.device, None
         if self._features is not None:
             features = self._features.read(distinct_B3HW).map(lambda tensor: tensor.to(device))
-        embeds_XTD = self._model.encode_images(distinct_B3HW.to(device), counts, features)
+        sight = decoding.see(distinct_B3HW.to(device), counts, features)
         views = [self._model.tiling.views(count) for count in counts]
-        embeds_of = dict(zip(tiles_of, embeds_XTD.split(views), strict=True))
-        return torch.cat([embeds_of[ref] for ref in refs])
+
+        def of_questions(x_XTD: Tensor) -> Tensor:
+            own = dict(zip(tiles_of, x_XTD.split(views), strict=True))
+            return torch.cat([own[ref] for ref in refs])
+
+        contrast = sight.contrast_XKD
+        return Sight(of_questions(sight.embeds_XTD), None if contrast is None else of_questions(contrast))
 
     def _chunks(self, questions: Sequence[Question], verb: str) -> Iterator[Sequence[Question]]:
         one = len(questions) <= self._batch_size  # whoever asks batch by batch shows how far that is
@@ -162,6 +186,7 @@ def load(folder: Path, config: EvalConfig, questions: Sequence[Question] = ()) -
         UserError: the folder is damaged or not one of ours, the template does not fit, or there is no such device; an
             image that cannot be read, or a disk without room for its features.
     """
+    decoding = parse_plugin(DecodingConfig, config.decoding, decodings.__name__, "decoding", REMEDY)
     check_folder(folder)
     device = _device(config.device)
     precision = config.precision
@@ -171,7 +196,10 @@ def load(folder: Path, config: EvalConfig, questions: Sequence[Question] = ()) -
     if config.template is not None:
         processor = processor.with_template(config.template)
     dtype = torch.float32 if precision is Precision.fp32 else torch.bfloat16
-    model = load_model(folder, dtype).to(device)
+    model = load_model(folder, dtype).to(device).eval()
+    if config.selector:
+        selector = parse_plugin(SelectorConfig, config.selector, selectors.__name__, "selector", REMEDY)
+        model, processor = with_selector(model, processor, selector)
     features = None
     if config.data.feature_cache is not None:
         features = FeatureCache(Path(config.data.feature_cache), folder, dtype, device)
@@ -183,6 +211,7 @@ def load(folder: Path, config: EvalConfig, questions: Sequence[Question] = ()) -
         "model": str(folder),
         "model_sha256": sha256(folder / MANIFEST),
         "template": processor.template,
+        "selector": config.selector or model.config.selector,
         **_visual(processor),
         "precision": precision.value,
         "vision_features": "live" if features is None else "cached",  # which took no time then
@@ -193,7 +222,9 @@ def load(folder: Path, config: EvalConfig, questions: Sequence[Question] = ()) -
             **{name: version(name) for name in ("anchorformer", "torch", "transformers")},
         },
     }
-    return ModelRespondent(model, processor, config.batch_size, facts, features=features)
+    return ModelRespondent(
+        model, processor, config.batch_size, facts, features=features, decoding=decoding.build(model)
+    )
 
 
 def _visual(processor: AnchorFormerProcessor) -> dict[str, Any]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from anchorformer.schema import TARGET
 from evals import results
 from evals.conditions import under
 from evals.config import Condition, EvalConfig
@@ -18,21 +19,23 @@ Prepared = Mapping[str, tuple[TaskConfig, list[Question]]]
 
 
 def evaluate(
-    config: EvalConfig, prepared: Prepared, respondent: Respondent, facts: Mapping[str, Any], out: Path
-) -> Iterator[dict[str, Any]]:
+    config: EvalConfig, prepared: Prepared, respondent: Respondent, facts: Mapping[str, Any], out: Path,
+    peak_gib: Callable[[], float] | None = None,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Runs every task under every condition; predictions and result of one are on disk when it is yielded.
 
     What an evaluation that was killed has answered is not asked again.
 
     Args:
         facts: what decided the scores beside the task (model, template, versions), written into every result.
+        peak_gib: the most memory that this process has held so far.
 
     Raises:
         UserError: an image that cannot be read, or a condition that the task cannot be put under.
     """
     for name, task, condition, asked in _parts(config, prepared):
         journal = Journal(_stem(out, name, condition, config), _settings(config, task, condition, facts), asked)
-        yield _result(config, name, task, condition, asked, journal, respondent, out)
+        yield _result(config, name, task, condition, asked, journal, respondent, out, peak_gib)
 
 
 def answer_share(
@@ -62,7 +65,7 @@ def put_together(config: EvalConfig, prepared: Prepared, out: Path) -> Iterator[
     for name, task, condition, asked in _parts(config, prepared):
         stem = _stem(out, name, condition, config)
         journal = Journal(stem, first_line(stem).get("settings", {}), asked)
-        yield _result(config, name, task, condition, asked, journal, None, out)
+        yield _result(config, name, task, condition, asked, journal, None, out, None)
 
 
 def line(result: Mapping[str, Any]) -> str:
@@ -87,15 +90,17 @@ def _stem(out: Path, name: str, condition: Condition, config: EvalConfig) -> Pat
 
 
 def _settings(config: EvalConfig, task: TaskConfig, condition: Condition, facts: Mapping[str, Any]) -> dict[str, Any]:
+    values = {key: value for key, value in config.decoding.items() if key != TARGET}
+    decoding = {"method": config.method, **values}
     return {
-        **task.describe(), **facts, "source": dict(task.source), "seed": config.seed, "ranks": config.ranks,
+        **task.describe(decoding), **facts, "source": dict(task.source), "seed": config.seed, "ranks": config.ranks,
         "condition": condition.value,
     }  # fmt: skip
 
 
 def _result(
     config: EvalConfig, name: str, task: TaskConfig, condition: Condition, asked: list[Question], journal: Journal,
-    respondent: Respondent | None, out: Path,
+    respondent: Respondent | None, out: Path, peak_gib: Callable[[], float] | None,
 ) -> dict[str, Any]:  # fmt: skip
     before, start = len(journal.known), time.perf_counter()
     outcomes = task.answer(asked, Remembering(respondent, journal, range(len(asked)), config.batch_size))
@@ -106,6 +111,8 @@ def _result(
         "seconds": round(seconds, 3),
         "questions_per_second": round((len(asked) - before) / max(seconds, 1e-9), 2),
     }
+    if peak_gib is not None:
+        timing["peak_memory_gib"] = round(peak_gib(), 3)
     if before:
         timing["answered_before"] = before
     facts = {"aggregate": task.aggregate(asked, outcomes), **journal.settings, "time": timing}

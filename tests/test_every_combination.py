@@ -38,7 +38,7 @@ from train.stage import freeze
 CONF = Path(__file__).resolve().parents[1] / "conf"
 SMALL = {
     "num_anchors": 9, "num_queries": 4, "depth": 2, "num_heads": 2, "head_dim": 8, "ff_mult": 2, "width": 16,
-    "ff_width": 24, "positions": 16,
+    "ff_width": 24, "positions": 16, "neighbours": 4,
 }  # fmt: skip
 """The shipped YAMLs at the size of towers with 16 patches and 4 heads; null and 0 stay what they are."""
 
@@ -59,7 +59,7 @@ TEXTS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: LlamaConfig(**TEXT, tie_word_embeddings=False),
     "qwen2": lambda: Qwen2Config(**TEXT, tie_word_embeddings=True),
 }
-NEED_CLS = {"anchor", "average", "cls_similarity", "fastervlm", "vtc_cls"}
+NEED_CLS = {"anchor", "average", "cls_similarity", "fastervlm", "prumerge_plus", "visionzip", "vtc_cls"}
 """Selectors that compare with [CLS], and so do not go with SigLIP."""
 
 STAGE = run_config(FINETUNE).stage

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from anchorformer.contracts import Batch
+from evals.memory import Memory
 from train.distributed import World
-from train.observe.memory import Memory
 
 
 @dataclass(frozen=True)

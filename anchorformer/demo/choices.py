@@ -1,13 +1,10 @@
-"""Which selectors can stand before a trained connector, and the same model with another one there."""
+"""Which selectors can stand before a trained connector."""
 
 from __future__ import annotations
 
-import copy
 import pkgutil
 from dataclasses import fields, replace
 from typing import Any
-
-import torch
 
 from anchorformer import selectors
 from anchorformer.errors import UserError
@@ -15,7 +12,7 @@ from anchorformer.import_llava import read_selector
 from anchorformer.modeling import AnchorFormerForConditionalGeneration, parse_parts
 from anchorformer.schema import parse_plugin
 from anchorformer.selectors.base import SelectorConfig
-from anchorformer.views import build_selector, embeddings_per_view, view_sizes
+from anchorformer.views import embeddings_per_view, view_sizes
 from anchorformer.vision import VisionTower
 
 BUDGETS = ("num_anchors", "window")
@@ -28,7 +25,7 @@ Choices = dict[str, dict[int, SelectorConfig]]
 def choices(model: AnchorFormerForConditionalGeneration) -> Choices:
     """The selectors that fit the model's tower and tiling, all on the layer that it was trained on.
 
-    One that reads the tower's output is left out where the model has been cut before it.
+    One that reads what lies behind the block that the tower was cut at is left out.
     """
     own, _ = parse_parts(model.config.selector, model.config.connector)
     found: Choices = {}
@@ -49,23 +46,6 @@ def trained_with(model: AnchorFormerForConditionalGeneration) -> tuple[str, int]
     return type(own).__module__.rpartition(".")[2], _count(own, model)
 
 
-def with_selector(
-    model: AnchorFormerForConditionalGeneration, selector: SelectorConfig
-) -> AnchorFormerForConditionalGeneration:
-    """The model with another selector and a tower that taps what it reads; every weight is that of `model`."""
-    tower = model.vision_tower
-    with torch.random.fork_rng(devices=[]):
-        tapping = VisionTower.from_config(model.config.vision_config, selector.needs)
-    weights = tower.state_dict(keep_vars=True)
-    tapping.load_state_dict({name: weights[name] for name in tapping.state_dict()}, assign=True)
-    other = copy.copy(model)
-    other._modules = dict(model._modules)  # which a copy would share
-    other.vision_tower = tapping.to(model.device).requires_grad_(False).eval()
-    other.selector = build_selector(model.tiling, selector, tower.num_tokens, tower.num_heads, tower.has_cls)
-    other.num_image_tokens = _embeddings(selector, model)
-    return other
-
-
 def follows_anchors(model: AnchorFormerForConditionalGeneration) -> bool:
     """Whether the connector makes one embedding of each anchor; those with queries of their own do not."""
     _, connector = parse_parts(model.config.selector, model.config.connector)
@@ -79,7 +59,7 @@ def nearest(counts: dict[int, Any], wanted: int) -> int:
 
 
 def _is_served(config: SelectorConfig, tower: VisionTower) -> bool:
-    return (tower.has_cls or not config.needs_cls) and (tower.needs.final or not config.needs.final)
+    return (tower.has_cls or not config.needs_cls) and tower.has_blocks_for(config.needs)
 
 
 def _by_count(config: SelectorConfig, model: AnchorFormerForConditionalGeneration) -> dict[int, SelectorConfig]:

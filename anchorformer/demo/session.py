@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from anchorformer.answering import Answer
-from anchorformer.demo.choices import choices, follows_anchors, nearest, trained_with, with_selector
+from anchorformer.demo.choices import choices, follows_anchors, nearest, trained_with
 from anchorformer.demo.overlay import draw_anchors, draw_attention
 from anchorformer.demo.seeing import Sight, see
 from anchorformer.dialogue import PLACEHOLDER
@@ -20,6 +19,7 @@ from anchorformer.images import open_image
 from anchorformer.modeling import AnchorFormerForConditionalGeneration
 from anchorformer.opening import Opened
 from anchorformer.processing import AnchorFormerProcessor
+from anchorformer.reselect import with_selector
 
 MAX_PIXELS = 2**24
 """Largest square that an image from the browser is padded to."""
@@ -107,10 +107,7 @@ class Session:
         return " ".join(told)
 
     def _build(self, selector: str, count: int) -> tuple[AnchorFormerForConditionalGeneration, AnchorFormerProcessor]:
-        model = with_selector(self._opened.model, self.choices[selector][count])
-        processor = copy.copy(self._opened.processor)
-        processor.num_image_tokens = model.num_image_tokens
-        return model, processor
+        return with_selector(self._opened.model, self._opened.processor, self.choices[selector][count])
 
     @staticmethod
     def _row(

@@ -59,6 +59,12 @@ def attend_with_cls_row(
     return out_BNHK, cls_row(query_BHNK, key_BHNK, scale)
 
 
+def park_nothing(attention: nn.Module) -> None:
+    """From now on this attention module keeps nothing of a forward."""
+    for name in (_PARKED, _PARKED_RECEIVED, _PARKED_QK):
+        vars(attention).pop(name, None)
+
+
 def park_cls_scores(attention: nn.Module) -> None:
     """From now on this attention module keeps its [CLS] logits of each forward until `pop_cls_scores` takes them."""
     setattr(attention, _PARKED, None)

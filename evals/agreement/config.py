@@ -39,9 +39,17 @@ class AgreementConfig(Schema):
     """Folder of the report; null is `agreement` in the folder named by `model`."""
 
 
+_MERGING = ("prumerge_plus", "visionzip")
+"""Selectors whose anchors are no patches."""
+
+
 def choosing() -> dict[str, dict[str, Any]]:
     """The selectors of conf/selector that choose a number of patches and are no variant of another one, by name."""
     specs = {
         name: yaml.safe_load((CONF / "selector" / f"{name}.yaml").read_text("utf-8")) for name in options("selector")
     }
-    return {name: spec for name, spec in specs.items() if "num_anchors" in spec and "defaults" not in spec}
+    return {
+        name: spec
+        for name, spec in specs.items()
+        if "num_anchors" in spec and "defaults" not in spec and name not in _MERGING
+    }

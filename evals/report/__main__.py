@@ -9,6 +9,7 @@ from pathlib import Path
 
 from anchorformer.errors import UserError, run_guarded
 from evals.report import figures, plots, tables
+from evals.report.asked import asked
 from evals.report.curves import curves
 from evals.report.entry import Entry
 from evals.report.files import read_json, replace, unreadable
@@ -76,7 +77,7 @@ def all_tables(entries: Sequence[Entry], groups: Sequence[Group], timings: Timin
     """Every table there is, also those that Markdown leaves out because they would repeat another."""
     tasks = [*figures.answered_tasks(entries), *figures.loss_tasks(entries)]
     return [
-        tables.overview(entries), tables.training(entries), tables.held_out(entries),
+        tables.overview(entries), asked(groups), tables.training(entries), tables.held_out(entries),
         tables.repetitions(groups, tasks), tables.parts(timings, entries),
     ]  # fmt: skip
 

@@ -103,15 +103,25 @@ def costs(entry: Entry) -> dict[str, float | None]:
         result for task in (entry.last.results.values() if entry.last else ())
         for condition, result in task.items() if condition is Condition.right
     ]  # fmt: skip
-    tokens = {result.get("visual_tokens_per_image") for result in results} - {None}
-    answered = [result for result in results if not lower_is_better(result) and _asked(result)]
-    questions = sum(map(_asked, answered))
     return {
-        "visual tokens": tokens.pop() if len(tokens) == 1 else None,
-        "ms/question": 1000 * sum(result["time"]["seconds"] for result in answered) / questions if questions else None,
+        "visual tokens": visual_tokens(results),
+        "ms/question": ms_of_all([result for result in results if not lower_is_better(result)]),
         "ms/sample": ms_per_sample(entry.last) if entry.last else None,
         "peak GiB": peak_memory(entry.last) if entry.last else None,
     }
+
+
+def visual_tokens(results: Iterable[Row]) -> int | None:
+    """Of an image, where all results say the same."""
+    tokens = {result.get("visual_tokens_per_image") for result in results} - {None}
+    return tokens.pop() if len(tokens) == 1 else None
+
+
+def ms_of_all(results: Sequence[Row]) -> float | None:
+    """Milliseconds per question over several results."""
+    questions = sum(map(_asked, results))
+    spent = sum(result["time"]["seconds"] for result in results if _asked(result))
+    return 1000 * spent / questions if questions else None
 
 
 def step_seconds(entry: Entry) -> float | None:

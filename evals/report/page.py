@@ -97,7 +97,9 @@ def _sections(
     """Name, heading and body, in the order in which a reader asks."""
     drawn = {plot.name: plot for plot in plots}
     listed = {table.name: table for table in tables}
-    yield "runs", listed["runs"].title, _table(listed["runs"])
+    for name in ("asked", "runs"):
+        if name in listed:
+            yield name, listed[name].title, _table(listed[name])
     for name in ("pareto", "parallel", "spread", "conditions"):
         if name in drawn:
             body = _plot(drawn[name]) + (_table(listed["seeds"]) if name == "spread" and "seeds" in listed else "")

@@ -9,6 +9,7 @@ from typing import Any
 
 from evals.config import Condition
 from evals.report.files import read_flat, read_json, read_lines
+from evals.results import SUBMISSIONS
 
 Row = Mapping[str, Any]
 STAGE_ORDER = ("align", "finetune")
@@ -37,6 +38,7 @@ class Stage:
         health: lines of health.jsonl, what the anchors were like at a step.
         validation: lines of evals.jsonl, losses and scores while the run was training.
         results: task -> condition -> result of an evaluation of the trained model.
+        variants: the same of evaluations with another selector or decoding, by the variant's name.
         state: how the run stands.
         notes: what a reader of the figures has to know: a line that was left out, a record that is empty.
     """
@@ -49,6 +51,7 @@ class Stage:
     health: Sequence[Row]
     validation: Sequence[Row]
     results: Mapping[str, Mapping[Condition, Row]]
+    variants: Mapping[str, Mapping[str, Mapping[Condition, Row]]]
     state: str
     notes: tuple[str, ...]
 
@@ -77,6 +80,11 @@ def read_stage(folder: Path) -> Stage:
         health=_lines(folder / "health.jsonl", ("step",), notes),
         validation=_lines(folder / "evals.jsonl", ("step",), notes),
         results=_results(folder / "evals"),
+        variants={
+            path.name: found
+            for path in sorted((folder / "evals").glob("*/"))
+            if path.name != SUBMISSIONS and (found := _results(path))
+        },
         state=next((state for name, state in ENDINGS.items() if (folder / name).exists()), "not ended"),
         notes=tuple(notes),
     )

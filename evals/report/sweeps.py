@@ -39,6 +39,7 @@ def trials(folder: Path, read: Callable[[Path], Stage]) -> Iterator[Entry]:
     points, grids = _points(folder, told)
     names = short_names(axis for point in points.values() for axis in point)
     varying = [axis for axis in names if len({str(point.get(axis)) for point in points.values()}) > 1]
+    note = read_json(folder / SWEEP, ()).get("definition", {}).get("note", "")
     several = len({grid for of_trial in grids.values() for grid in of_trial}) > 1
     for name, point in points.items():
         path, trial = files[name].parent, told[name]
@@ -51,7 +52,7 @@ def trials(folder: Path, read: Callable[[Path], Stage]) -> Iterator[Entry]:
             point={names[axis]: spoken(value) for axis, value in point.items()},
             axes=axes | {names[axis]: spoken(point.get(axis, _configured(config, axis))) for axis in names},
             state=STANDING.get(trial["state"], str(trial["state"])), seconds=trial.get("seconds"),
-            log=_failure(path, trial) if trial["state"] == "failed" else "",
+            log=_failure(path, trial) if trial["state"] == "failed" else "", note=note,
         )  # fmt: skip
 
 

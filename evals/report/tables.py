@@ -8,6 +8,7 @@ from pathlib import Path
 
 from evals.config import Condition
 from evals.report import figures
+from evals.report.asked import asked
 from evals.report.entry import Entry
 from evals.report.reading import Row, Stage
 from evals.report.seeds import Group, seed_of, spread
@@ -140,16 +141,21 @@ def parts(timings: Timings, entries: Sequence[Entry]) -> Table:
     for path, ((entry, stage), *others) in owners.items():
         name = f"{stage.name} in {path.parent.name}" if others else _where(entry, stage, entries)
         spent[name] = figures.seconds(stage) or 0.0
-        asked = [result["time"]["seconds"] for task in stage.results.values() for result in task.values()]
-        if asked:
-            spent[f"evaluation after {name}"] = sum(asked)
+        evaluated = [
+            result["time"]["seconds"]
+            for by_task in (stage.results, *stage.variants.values())
+            for task in by_task.values() for result in task.values()
+        ]  # fmt: skip
+        if evaluated:
+            spent[f"evaluation after {name}"] = sum(evaluated)
     rows = [*spent.items(), ("sum", sum(spent.values()))]
     return Table("seconds", "Seconds per part", [Column("part"), Column("seconds", ",.1f")], rows)
 
 
 def notes(entries: Sequence[Entry]) -> list[str]:
-    """What is missing or damaged, and which entries failed."""
-    told = [
+    """What a reader has to know first, what is missing or damaged, and which entries failed."""
+    told = [entry.note for entry in entries if entry.note]
+    told += [
         f"{_where(entry, stage, entries)} {_standing(stage.state)}"
         for entry, stage in _stages(entries) if stage.state != "done"
     ]  # fmt: skip
@@ -193,6 +199,9 @@ def page(title: str, entries: Sequence[Entry], groups: Sequence[Group], timings:
     tables = [training(entries)]
     if len(entries) > 1:
         tables.insert(0, overview(entries))
+    ways = asked(groups)
+    if ways.rows:
+        tables.insert(0, ways)
     scores = held_out(entries)
     if scores.rows:
         tables.append(scores)

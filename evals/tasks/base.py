@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -18,13 +18,14 @@ from evals.questions import Question, question
 from evals.submission import Layout, Outcome, laid_out
 
 PACKAGE = "evals.tasks"
+GREEDY = {"method": "greedy"}
 
 
 class Respondent(Protocol):
     """The model as a task sees it."""
 
     def answers(self, questions: Sequence[Question], max_new_tokens: int) -> list[str]:
-        """Greedy answers, in the order of the questions."""
+        """Answers, in the order of the questions."""
         ...
 
     def answer_losses(self, questions: Sequence[Question]) -> list[tuple[float, int]]:
@@ -69,8 +70,12 @@ class TaskConfig(Schema):
         """The predictions as the benchmark's server or judge takes them (a JSON value); None where there is none."""
         return None
 
-    def describe(self) -> dict[str, Any]:
-        """Metric, its variant and decoding, for the result file; a metric called `loss...` is better when lower."""
+    def describe(self, decoding: Mapping[str, Any] = GREEDY) -> dict[str, Any]:
+        """Metric, its variant and decoding, for the result file; a metric called `loss...` is better when lower.
+
+        Args:
+            decoding: how the evaluation generates answers, where the task lets it.
+        """
         raise NotImplementedError
 
 
@@ -104,11 +109,11 @@ class AnswerTask(TaskConfig):
     def submission(self, questions: Sequence[Question], outcomes: Sequence[Outcome]) -> Any:
         return None if self.submit is None else laid_out(self.submit, questions, outcomes)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self, decoding: Mapping[str, Any] = GREEDY) -> dict[str, Any]:
         name, definition = self._definition
         return {
             "metric": self.metric.value,
             "variant": name,
             "metric_variant": definition.text,
-            "decoding": {"method": "greedy", "max_new_tokens": self.max_new_tokens},
+            "decoding": {**decoding, "max_new_tokens": self.max_new_tokens},
         }

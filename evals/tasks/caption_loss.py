@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from anchorformer.errors import UserError
 from evals.questions import Question
 from evals.submission import Outcome
-from evals.tasks.base import Respondent, TaskConfig
+from evals.tasks.base import GREEDY, Respondent, TaskConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class CaptionLossTask(TaskConfig):
         # Weighted by tokens, so that the mean over questions is the mean over tokens.
         return [Outcome(None, loss / max(count, 1), count) for loss, count in respondent.answer_losses(questions)]
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self, decoding: Mapping[str, Any] = GREEDY) -> dict[str, Any]:
         return {
             "metric": "loss_per_token",
             "metric_variant": "mean negative log likelihood (nats) over supervised tokens; lower is better",

@@ -32,7 +32,7 @@ SMALL = {"num_anchors": 17}
 
 PLACE_DECIDES = {"uniform", "random", "mean_pool"}
 """Selectors that go by where a patch lies; the others follow the patches when these are shuffled."""
-MERGES = {"mean_pool"}
+MERGES = {"mean_pool", "prumerge_plus", "visionzip"}
 
 
 def _names() -> list[str]:
@@ -59,6 +59,8 @@ def _features(has_cls: bool = True, seed: int = 0, ties: bool = False) -> Vision
         has_cls=has_cls,
         cls_attention_BLN=draw(LAYERS, tokens) if has_cls else None,
         received_BN=draw(tokens),
+        query_BLV=draw(1, WIDTH) if has_cls else None,
+        keys_BLNV=draw(1, tokens, WIDTH),
         final_BNV=draw(tokens, WIDTH),
         image_key_B=torch.randint(2**32, (IMAGES,), generator=generator),
     )
@@ -72,7 +74,8 @@ def _reordered(features: VisionFeatures, order_N: Tensor) -> VisionFeatures:
     assert tokens is not None
     return VisionFeatures(
         tokens, at(features.cls_scores_BHN, 2), features.has_cls, at(features.cls_attention_BLN, 2),
-        at(features.received_BN, 1), at(features.final_BNV, 1), features.image_key_B,
+        at(features.received_BN, 1), features.query_BLV, at(features.keys_BLNV, 2), at(features.final_BNV, 1),
+        features.image_key_B,
     )  # fmt: skip
 
 
@@ -130,6 +133,8 @@ def test_it_does_without_what_it_has_not_declared(name: str) -> None:
         True,
         None if needs.cls_attention_from is None else features.cls_attention_BLN,
         features.received_BN if needs.received else None,
+        features.query_BLV if needs.qk else None,
+        features.keys_BLNV if needs.qk else None,
         features.final_BNV if needs.final else None,
         features.image_key_B if needs.image_key else None,
     )

@@ -117,7 +117,7 @@ def test_the_overlap_of_known_sets() -> None:
 
 def test_every_selector_that_chooses_a_number_is_offered_and_others_are_refused() -> None:
     assert {"anchor", "average", "random"} <= set(choosing())
-    assert {"all", "mean_pool", "anchor_tiny"}.isdisjoint(choosing())
+    assert {"all", "mean_pool", "anchor_tiny", "prumerge_plus", "visionzip"}.isdisjoint(choosing())
     given = ["model=m", "data=chartqa", "data.root=r"]
     assert set(compose_config(given).selectors) <= set(choosing())
     with pytest.raises(UserError, match="mean_pool"):

@@ -249,6 +249,43 @@ def test_runs_that_differ_in_seeds_are_repetitions(tmp_path: Path) -> None:
     assert cells(seeds, "unknown")[1:5] == ["scene", "1", "0.900", ""]
 
 
+def test_every_way_in_which_models_were_asked_has_a_row(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "neighbours", with_media=False)
+    assert "How models were asked" not in report(folder), "a table that would repeat another one"
+    definition = json.loads((folder / "sweep.json").read_text())
+    definition["definition"] = {"note": "Experimental: of a test."}
+    (folder / "sweep.json").write_text(json.dumps(definition))
+    for seed, score in ((0, 0.5), (1, 0.7)):
+        trial = folder / "trials" / f"t{seed:02d}" / "finetune" / "evals" / "damro"
+        (trial / "submissions").mkdir(parents=True)
+        (trial / "submissions" / "scene-right.json").write_text("[]")
+        for task in ("scene", "doc"):
+            write_result(trial, task, "right", score, 5)
+            result = json.loads((trial / f"{task}-right.json").read_text())
+            result["time"] |= {"seconds": 2.0 + seed, "peak_memory_gib": 0.75 + seed}
+            (trial / f"{task}-right.json").write_text(json.dumps(result))
+    text = report(folder)
+    assert "- Experimental: of a test." in text
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("| selector=")
+    ]
+    own, damro = (
+        row for row in rows if row[0] == "selector=anchor, num_anchors=5" and row[1] in ("as trained", "damro")
+    )
+    assert own[2] == damro[2] == "2"
+    assert damro[3:] == ["0.600", "0.600", "0.600", "5", "25.00", "1.750"]
+    assert own[6:] == ["5", "15.00", ""]
+    assert len([row for row in rows if row[1] == "damro"]) == 1
+    told = [
+        line
+        for line in text.splitlines()
+        if line.startswith("| evaluation after selector=anchor, num_anchors=5, seed=0")
+    ]
+    assert "13.0" in told[0], "three conditions of two tasks in 1.5 s each, and two more tasks in 2 s"
+
+
 def test_scores_of_other_questions_are_not_set_side_by_side_in_silence(tmp_path: Path) -> None:
     for name in "ab":
         write_stage(tmp_path / name, [1.0], {"scene": {"right": 0.5}, "doc": {"right": 0.5}})

@@ -210,6 +210,59 @@ def test_the_command_end_to_end(
     assert "docvqa_val (shuffled image): anls" in printed
 
 
+def test_damro_and_another_selector_are_evaluations_of_their_own(
+    tiny_folder: Path, questions: list[Question], respondent: ModelRespondent
+) -> None:
+    damro = {"_target_": "anchorformer.decoding.damro.DamroConfig", "top_k": 3, "alpha": 4.0}
+    fewer = {"_target_": "anchorformer.selectors.average.AverageSelectorConfig", "num_anchors": 5}
+    given = config(tiny_folder, decoding=damro, selector=fewer, batch_size=16)
+    assert (given.variant_name, command.out_folder(given)) == ("average-damro", tiny_folder / "evals" / "average-damro")
+    assert config(tiny_folder).variant_name is None
+    assert config(tiny_folder, decoding=damro, variant="damro_3").variant_name == "damro_3"
+    otherwise = load(tiny_folder, given)
+    assert (otherwise.facts["visual_tokens_per_image"], otherwise.facts["selector"]) == (5, fewer)
+    assert respondent.facts["selector"]["_target_"].endswith("AnchorSelectorConfig")
+    answers = otherwise.answers(questions, 6)
+    assert answers == [answer for item in questions for answer in otherwise.answers([item], 6)]
+    greedily = load(tiny_folder, config(tiny_folder, selector=fewer, batch_size=16)).answers(questions, 6)
+    about_images = [bool(item.images) for item in questions]
+    same = [one == other for one, other in zip(answers, greedily, strict=True)]
+    assert all(alike for alike, image in zip(same, about_images, strict=True) if not image)
+    assert not all(same)
+    with pytest.raises(UserError, match="feature cache"):
+        config(tiny_folder, decoding=damro, data=EvalDataConfig(root="r", feature_cache="c"))
+    with pytest.raises(UserError, match="no folder name"):
+        config(tiny_folder, variant="../up")
+
+
+def test_the_command_keeps_other_evaluations_apart(
+    tiny_folder: Path, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = world / "model"
+    shutil.copytree(tiny_folder, folder)
+    shared = [f"model={folder}", f"data.root={world}", f"data.cache_dir={world}/cache", "task=docvqa_val",
+              "tasks.docvqa_val.max_new_tokens=2"]  # fmt: skip
+    for words in ([], ["decoding=damro", "decoding.top_k=3"], ["selector=visionzip", "selector.num_anchors=6"]):
+        monkeypatch.setattr("sys.argv", ["evals", *shared, *words])
+        assert command.main() == 0
+    found = {
+        path.parent.name: json.loads(path.read_text()) for path in (folder / "evals").rglob("docvqa_val-right.json")
+    }
+    assert found.keys() == {"evals", "damro", "visionzip"}
+    assert found["damro"]["decoding"] == {
+        "method": "damro", "alpha": 2.0, "top_k": 3, "beta": 0.1, "layer": None, "max_new_tokens": 2,
+    }  # fmt: skip
+    assert found["evals"]["decoding"] == {"method": "greedy", "max_new_tokens": 2}
+    assert [found[name]["visual_tokens_per_image"] for name in ("evals", "visionzip")] == [9, 6]
+    assert all(0.1 < result["time"]["peak_memory_gib"] < 100 for result in found.values())
+    for words, message in (
+        (["selector.num_anchors=6"], "without selector="), (["selector=visionsip"], "visionsip"),
+        (["decoding=damro", "decoding.topk=3"], "topk"), (["decoding=beams"], "beams"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            command.compose_config([*shared, *words])
+
+
 def test_real_files_are_asked_as_they_are(
     tiny_folder: Path, realdata_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from evals.memory import Memory
 from tests.train.cases import ALIGN, load_frozen, run_config
 from train.config import Part
 from train.distributed import World, alone
 from train.facts import StepFacts
-from train.observe.memory import Memory
 from train.observe.metrics import Console, time_record
 from train.observe.mfu import mfu_of
 from train.plan.flops import Work, model_flops

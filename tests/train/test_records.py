@@ -13,13 +13,14 @@ import torch
 
 from anchorformer.contracts import Batch
 from anchorformer.errors import UserError
+from evals.memory import GIB, Memory
 from tests.train.cases import ALIGN, run_config
 from train import precision
 from train.config import CheckpointConfig, Device, LogConfig, Part, Precision
 from train.distributed import World, alone, choose_device
 from train.facts import StepFacts, gather_facts
 from train.observe.journal import Journal, read_lines
-from train.observe.memory import GIB, Memory, unevenness
+from train.observe.memory import unevenness
 from train.observe.metrics import Console, step_record, time_record
 from train.run.folder import RunFolder
 from train.run.identity import numbers_digest

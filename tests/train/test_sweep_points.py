@@ -175,6 +175,61 @@ def test_what_is_done_stays_and_a_new_evaluation_is_what_is_left(tmp_path: Path)
     assert say(tmp_path, "x") not in asked.steps
 
 
+@pytest.mark.slow
+def test_variants_of_a_grid_are_evaluations_more_of_its_trials() -> None:
+    grids = {"a": [{"model.selector.num_anchors": [9, 5]}], "b": [{"model.selector.num_anchors": 9}]}
+    given = sweep(
+        grids=grids, overrides=(*TINY, "data.feature_cache=f"), evals={"finetune": ("task=miniworld_doc",)},
+        variants={"b": {"close": ("decoding=damro", "decoding.alpha=1")}, "a": {"far": ("decoding=damro",)}},
+    )  # fmt: skip
+    steps = {
+        trial.point["model.selector.num_anchors"]: [step.argv[step.argv.index("-m") + 1 :] for step in trial.steps[1:]]
+        for trial in plan(given).of_points.values()
+    }
+    assert [[word for word in argv if "variant" in word] for argv in steps[9]] == [
+        [],
+        ["variant=far"],
+        ["variant=close"],
+    ]
+    assert [[word for word in argv if "variant" in word] for argv in steps[5]] == [[], ["variant=far"]]
+    assert steps[9][2][3:] == ("task=miniworld_doc", "decoding=damro", "decoding.alpha=1", "variant=close")
+    assert not any("feature_cache" in word for argv in steps[9][1:] for word in argv), "it is not of these models"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"variants": {"b": {"x": ("decoding=damro",)}}}, "variants.b"),
+        ({"evals": {}, "variants": {"a": {"x": ("decoding=damro",)}}}, "no evals.finetune|evals.finetune"),
+    ],
+)  # fmt: skip
+def test_variants_of_what_is_not_there_are_refused(change: dict[str, object], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        sweep(**{"grids": {"a": [{}]}, "evals": {"finetune": ("task=miniworld_doc",)}, **change})
+
+
+def test_an_evaluation_that_does_not_compose_ends_the_plan() -> None:
+    with pytest.raises(UserError, match="top_q"):
+        plan(sweep(
+            grids={"a": [{}]}, evals={"finetune": ("task=miniworld_doc",)},
+            variants={"a": {"x": ("decoding=damro", "decoding.top_q=1")}},
+        ))  # fmt: skip
+
+
+def test_the_neighbours_are_compared_at_one_budget() -> None:
+    config = read(["sweep=miniworld_neighbours"])
+    assert "Experimental" in config.note
+    patches = {"anchor_former_tiny": 16}
+    for grid, values in planning.points(config):
+        if grid != "unpruned":
+            name = values.get("selector", "anchor_former_tiny")
+            keeps_cls = name in ("average", "cls_similarity", "visionzip", "anchor_former_tiny")
+            patches[str(name)] = values["model.selector.num_anchors"] - keeps_cls
+    assert set(patches.values()) == {16}
+    asked = [word for words in config.variants["unpruned"].values() for word in words if "num_anchors" in word]
+    assert {int(word.partition("=")[2]) for word in asked} == {16, 17}
+
+
 @settings(deadline=None, max_examples=30)
 @given(cards=st.integers(0, 16), ranks=st.integers(1, 8), slots=st.none() | st.integers(1, 8))
 def test_slots_share_no_card(cards: int, ranks: int, slots: int | None) -> None:

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 import torch
 
+from evals.memory import Memory
 from train.config import WatchdogConfig
 from train.faults.black_box import HUNG, BlackBox, cause_of, first_to_fail
 from train.faults.guards import TrainingHalted
 from train.faults.interrupt import Interrupted
 from train.faults.progress import Phase, Place, Progress, Report, read_reports, report_path, who_is_behind
 from train.faults.watchdog import EXIT_CODE, Watchdog, budget
-from train.observe.memory import Memory
 from train.observe.pace import Lag, Stopwatch
 from train.run.folder import RunFolder
 

@@ -16,9 +16,9 @@ import torch
 
 from anchorformer.errors import UserError
 from anchorformer.schema import to_plain
+from evals.memory import GIB, Memory
 from train.faults.interrupt import Interrupted
 from train.faults.progress import Progress, Report, read_reports
-from train.observe.memory import GIB, Memory
 from train.run.environment import mask_values
 from train.run.folder import RunFolder, write_atomically
 

@@ -2,43 +2,14 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import torch
+from evals.memory import GIB, Memory
 
-GIB = 2**30
 RATIO = 1.1
 """Of a rank over the mean of the others, from which on they are called uneven; a card has not much more to spare."""
 LEAST_GIB = 0.5
 """What such a rank must hold beyond that mean for it to be worth a word."""
-
-
-@dataclass(frozen=True)
-class Memory:
-    """The most that one rank has held so far, in bytes.
-
-    Attributes:
-        host: resident in RAM, of the rank's process; its loader's processes are not counted.
-        device: in tensors on its card; None where it computes on CPU.
-    """
-
-    host: int
-    device: int | None = None
-
-    @classmethod
-    def of(cls, device: torch.device) -> Memory:
-        """Of this process; looks at counters on the host, so that no card is waited for."""
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        on_card = int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else None
-        return cls(host=resident if sys.platform == "darwin" else resident * 1024, device=on_card)
-
-    @property
-    def computing(self) -> int:
-        """Where the steps are computed: on the card, or in RAM where there is none."""
-        return self.host if self.device is None else self.device
 
 
 def by_rank(ranks: Sequence[Memory]) -> dict[str, list[float]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,8 +139,9 @@ def shapes_of(
     Raises:
         UserError: a family, selector or connector whose cost is not written down here.
     """
-    layer, is_whole = field_of(selector, "selector", "layer"), selector.get(TARGET) in _WHOLE_TOWER
-    tower = _vision(vision.get("vision_config") or vision, layer, is_whole)
+    read = [field_of(selector, "selector", name) for name in ("layer", *_LAYERS.get(str(selector.get(TARGET)), ()))]
+    is_whole = selector.get(TARGET) in _WHOLE_TOWER
+    tower = _vision(vision.get("vision_config") or vision, read, is_whole)
     language_model = _text(text)
     tiles = max(tiling.counts)
     view = tiles if tiling.spans_tiles else 1
@@ -215,7 +216,8 @@ def _config_file(name: str) -> Path | None:
     return Path(cached) if isinstance(cached, str) else None
 
 
-def _vision(config: Mapping[str, Any], layer: int, is_whole: bool) -> VisionShape:
+def _vision(config: Mapping[str, Any], read: Sequence[int], is_whole: bool) -> VisionShape:
+    """A tower that is cut behind the last of the layers that are read, or with `is_whole` behind its last norm."""
     family, get = _family(config, VISION_DEFAULTS, "vision tower")
     width, patch, is_dino = get("hidden_size"), get("patch_size"), family.startswith("dinov2")
     inner = int(width * get("mlp_ratio")) if is_dino else get("intermediate_size")
@@ -224,8 +226,8 @@ def _vision(config: Mapping[str, Any], layer: int, is_whole: bool) -> VisionShap
             "the plan knows no gated feed-forward in a vision tower", found="use_swiglu_ffn", expected="a plain one",
             remedy="choose another vision tower, or run unplanned: hardware.card=null",
         )  # fmt: skip
-    layer = -1 if is_whole else layer
-    layers = layer if layer >= 0 else get("num_hidden_layers") + 1 + layer
+    blocks = get("num_hidden_layers")
+    layers = blocks if is_whole else max(layer if layer >= 0 else blocks + 1 + layer for layer in read)
     has_cls = family != "siglip_vision_model"
     prefix = has_cls + (get("num_register_tokens") if family == "dinov2_with_registers" else 0)
     patches = (get("image_size") // patch) ** 2
@@ -281,7 +283,9 @@ def _family(
 
 
 _WHOLE_TOWER = ("anchorformer.selectors.cls_similarity.ClsSimilaritySelectorConfig",)
-"""Selectors for which every block runs."""
+"""Selectors that read the tower's final output."""
+_LAYERS = {"anchorformer.selectors.prumerge_plus.PruMergePlusSelectorConfig": ("attention_layer",)}
+"""Fields that name layers which a selector reads beside `layer`."""
 _SELECTORS: dict[str, Callable[[Mapping[str, Any], VisionShape], int]] = {
     "anchorformer.selectors.all.AllSelectorConfig": lambda _, tower: tower.patches,
     "anchorformer.selectors.mean_pool.MeanPoolSelectorConfig": lambda spec, tower: (

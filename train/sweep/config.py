@@ -52,6 +52,11 @@ class SweepConfig(Schema):
     """Of a trial, in their order; what finetune starts from is its align, or `init_from` where there is none."""
     evals: dict[StageName, tuple[str, ...]] = field(default_factory=dict)
     """Stage -> words of `python -m evals` beside model and data.root; none where a stage is not listed."""
+    variants: dict[str, dict[str, tuple[str, ...]]] = field(default_factory=dict)
+    """Grid -> name -> words by which the last stage's evaluation is made once more, with another selector or decoding,
+    of all trials of that grid."""
+    note: str = ""
+    """What a reader of its report has to know first."""
     slots: Count | None = None
     """Trials at once; null is as many as the cards allow, one on CPU."""
     cards: tuple[NotNegative, ...] | None = None
@@ -78,7 +83,7 @@ def check(sweep: SweepConfig) -> None:
 
     Raises:
         UserError: a name that leads out of `output_root`, no grid or axis without values, a seed twice, stages in the
-            wrong order, evals of a stage that is not run, a card twice.
+            wrong order, evals of a stage that is not run, variants of no grid or no evaluation, a card twice.
     """
     if not re.fullmatch(r"\w[\w.-]*", sweep.name):
         raise UserError(
@@ -109,4 +114,12 @@ def check(sweep: SweepConfig) -> None:
             "evals are asked of a stage that is not run", found=", ".join(f"evals.{stage}" for stage in idle),
             expected=f"stages={[stage.value for stage in sweep.stages]}",
             remedy=f"drop evals.{idle[0]}, or add the stage",
+        )  # fmt: skip
+    unknown = [grid for grid in sweep.variants if grid not in sweep.grids]
+    if unknown or (any(sweep.variants.values()) and sweep.stages[-1] not in sweep.evals):
+        raise UserError(
+            "variants are made of an evaluation that is not there",
+            found=", ".join(f"variants.{grid}" for grid in unknown) or f"no evals.{sweep.stages[-1].value}",
+            expected=f"grids of {sorted(sweep.grids)}, and an evaluation of the last stage",
+            remedy="correct variants, or drop them: ~variants",
         )  # fmt: skip

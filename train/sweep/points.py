@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from anchorformer.errors import UserError
+from evals.__main__ import compose_config as compose_evals
 from train.compose import compose
 from train.config import RunConfig, StageName
 from train.prepare import check_parts
@@ -66,10 +67,12 @@ def plan(sweep: SweepConfig) -> Plan:
     """Composes and checks every point, before the first one is started.
 
     Raises:
-        UserError: a point whose configs do not compose or whose parts do not fit, named; one for several nodes.
+        UserError: a point whose configs do not compose or whose parts do not fit, named; one for several nodes; an
+            evaluation that does not compose.
     """
     folder = Path(sweep.output_root) / sweep.name
     made = Plan(folder, [], {}, {})
+    _check_evals(sweep)
 
     @cache
     def composed(stage: StageName, words: tuple[str, ...]) -> RunConfig:
@@ -87,8 +90,17 @@ def plan(sweep: SweepConfig) -> Plan:
                 f"grid '{grid}', point {where}: {error.what}", found=error.found, expected=error.expected,
                 remedy=error.remedy,
             ) from None  # fmt: skip
-        made.points.append(Point(grid, values, _add(made, sweep, values, words, configs)))
+        trial = _add(made, sweep, values, words, configs)
+        made.points.append(Point(grid, values, trial))
+        _add_variants(made, sweep, grid, trial, configs[sweep.stages[-1]])
     return made
+
+
+def _check_evals(sweep: SweepConfig) -> None:
+    """Composes every evaluation, which would else be told of a mistake after hours of training."""
+    last = [(*sweep.evals[sweep.stages[-1]], *words) for of in sweep.variants.values() for words in of.values()]
+    for words in dict.fromkeys([*sweep.evals.values(), *last]):
+        compose_evals(["model=m", "data.root=r", *words])
 
 
 def points(sweep: SweepConfig) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -158,6 +170,21 @@ def _add(
         made.trials[folder] = _trial(digest, values, words, own, runs, sweep, start)
         made.configs[folder] = own
     return digest[:12]
+
+
+def _add_variants(made: Plan, sweep: SweepConfig, grid: str, trial: str, config: RunConfig) -> None:
+    """Adds to a trial what its grid wants to know beyond its own evaluation."""
+    folder, last = made.folder / "trials" / trial, sweep.stages[-1]
+    before = made.trials[folder]
+    steps = [
+        Step(
+            name=" ".join(("evals", last.value, *sweep.evals[last], *words, name)),
+            argv=(sys.executable, "-m", "evals", f"model={before.runs[last.value]}", f"data.root={config.data.root}",
+                  *sweep.evals[last], *words, f"variant={name}"),
+        )
+        for name, words in sweep.variants.get(grid, {}).items()
+    ]  # fmt: skip
+    made.trials[folder] = replace(before, steps=(*before.steps, *(step for step in steps if step not in before.steps)))
 
 
 def _trial(

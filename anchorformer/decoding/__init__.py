@@ -1,0 +1,1 @@
+"""How answers are decoded: one file per method, named as conf/decoding has it."""

@@ -1,0 +1,34 @@
+"""A trained model with another selector before its connector: the same weights, in the same memory, other anchors."""
+
+from __future__ import annotations
+
+import copy
+
+from anchorformer.modeling import AnchorFormerForConditionalGeneration, parse_parts
+from anchorformer.processing import AnchorFormerProcessor
+from anchorformer.selectors.base import SelectorConfig
+from anchorformer.views import build_selector, embeddings_per_view
+
+
+def with_selector(
+    model: AnchorFormerForConditionalGeneration, processor: AnchorFormerProcessor, selector: SelectorConfig
+) -> tuple[AnchorFormerForConditionalGeneration, AnchorFormerProcessor]:
+    """The model with that selector, for answers, and the processor that lays text out for it.
+
+    Nothing is trained: the connector meets these anchors for the first time.
+
+    Raises:
+        UserError: the tower has no such layer any more, or cannot serve the selector; views that its connector or the
+            tiling cannot take.
+    """
+    tower = model.vision_tower
+    shape = tower.num_tokens, tower.num_heads, tower.has_cls
+    _, connector = parse_parts(model.config.selector, model.config.connector)
+    other = copy.copy(model)
+    other._modules = dict(model._modules)  # which a copy would share
+    other.num_image_tokens = embeddings_per_view(model.tiling, selector, connector, *shape)
+    other.selector = build_selector(model.tiling, selector, *shape)
+    other.vision_tower = tower.retapped(selector.needs)
+    reader = copy.copy(processor)
+    reader.num_image_tokens = other.num_image_tokens
+    return other, reader
