@@ -27,7 +27,7 @@ from anchorformer.hub import INDEX, read_mapping, read_weight_map
 from anchorformer.processing import AnchorFormerProcessor
 
 MANIFEST = "MANIFEST.json"
-PARTS = ("vision_tower", "connector", "language_model")
+PARTS = ("vision_tower", "connector", "integration", "language_model")
 SHARD_BYTES = 4 * 2**30
 """Largest shard: a part is split where one more tensor would exceed it."""
 

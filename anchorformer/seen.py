@@ -44,7 +44,7 @@ class Seen:
     @cached_property
     @torch.no_grad()
     def image_embeds(self) -> Tensor:
-        """(views, T, D), for `generate` and `forward` of any batch that shows these images; made at first use."""
+        """What `encode_images` says of them, for `generate` and `forward` of any batch with them; made at first use."""
         transform = self._processor.image_transform
         if not self.images:
             return torch.empty(0, self._processor.num_image_tokens, self._model.config.text_config.hidden_size)
@@ -65,10 +65,9 @@ class Seen:
         ids_S = self._processor.prompt(turns, self.images)
         ids_BS = ids_S[None].to(self._model.device)
         with self._asking:
-            cache, known = self._take(ids_S)
-            views = self._count_images(ids_S[:known]) // self._processor.num_image_tokens
+            cache = self._take(ids_S)
             read_S: Tensor = self._model.generate(
-                input_ids=ids_BS, attention_mask=torch.ones_like(ids_BS), image_embeds=self.image_embeds[views:],
+                input_ids=ids_BS, attention_mask=torch.ones_like(ids_BS), image_embeds=self.image_embeds,
                 past_key_values=cache, use_cache=True, num_beams=1, num_return_sequences=1,
                 eos_token_id=self._processor.stop_token_ids, **settings,
             )[0].cpu()  # fmt: skip
@@ -76,8 +75,8 @@ class Seen:
             self._ids_S, self._cache = read_S[: cache.get_seq_length()], cache
         return read_S[len(ids_S) :]
 
-    def _take(self, ids_S: Tensor) -> tuple[DynamicCache, int]:
-        """The cache, cut to what this prompt shares with it, and how many positions that is.
+    def _take(self, ids_S: Tensor) -> DynamicCache:
+        """The cache, cut to what this prompt shares with it.
 
         It is put back when the prompt was read: one that a failure left half filled is never used.
         """
@@ -89,7 +88,7 @@ class Seen:
         known -= self._count_images(ids_S[:known]) % self._processor.num_image_tokens  # no part of an image
         if known < len(read_S):
             cache.crop(known - len(read_S))
-        return cache, known
+        return cache
 
     def _count_images(self, ids_S: Tensor) -> int:
         return int((ids_S == self._processor.image_token_id).sum())
