@@ -157,9 +157,7 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if self.integration is not None:
             before = 0 if past_key_values is None else past_key_values.get_seq_length()
             rows = Rows(input_ids.shape[1], before, cu_seqlens, max_seqlen)
-            kwargs[ARGUMENT] = self._integrated(
-                self.integration, embeds_BSD, input_ids, visual_XED, is_blank, placed, rows
-            )
+            kwargs[ARGUMENT] = self._heard(self.integration, embeds_BSD, input_ids, visual_XED, is_blank, placed, rows)
         out: CausalLMOutputWithPast = self.language_model(
             inputs_embeds=embeds_BSD,
             attention_mask=attention_mask,
