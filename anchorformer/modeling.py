@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -19,7 +19,8 @@ from anchorformer.configuration import AnchorFormerConfig
 from anchorformer.connectors.base import ConnectorConfig
 from anchorformer.contracts import VisionFeatures
 from anchorformer.errors import UserError
-from anchorformer.fusion import check_counts, fuse
+from anchorformer.fusion import fuse
+from anchorformer.generation import ImageGenerationMixin
 from anchorformer.images import normalise
 from anchorformer.integrations.base import (
     ARGUMENT,
@@ -39,7 +40,7 @@ from anchorformer.views import build_integration, build_selector, embeddings_per
 from anchorformer.vision import VisionTower
 
 
-class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class AnchorFormerForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
     """Answers in text about images, seen through a fixed number of visual anchors.
 
     `forward` takes one of two forms, never both:
@@ -269,50 +270,6 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 remedy="use model.generate, or forward without a cache",
             )  # fmt: skip
         return integration.argument(placed, rows, direct_BSD) if placed is not None and len(placed.said_XED) else None
-
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        """Adds the images to the first step only: later steps find them in the cache."""
-        names = ("pixel_values", "tile_counts", "vision_features", "image_embeds")
-        seen = {name: kwargs.pop(name, None) for name in names}
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        if kwargs.get("is_first_iteration", False) or not kwargs.get("use_cache", True):
-            inputs |= seen
-        return inputs
-
-    def _expand_inputs_for_generation(
-        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """Repeats rows for beams or several answers, each with all of its images, which are looked at once.
-
-        transformers would repeat image by image, and a row with two of them would see the first one twice. Images whose
-        placeholders lie in the cache are not fused again; an integration knows them in every step.
-        """
-        names = ("pixel_values", "tile_counts", "vision_features", "image_embeds")
-        images = {name: kwargs.pop(name, None) for name in names}
-        past = kwargs.get("past_key_values")
-        before = 0 if past is None else past.get_seq_length()
-        if input_ids is not None and (expand_size > 1 or before or self.integration is not None):
-            embeds_XED = images.pop("image_embeds")
-            if images["pixel_values"] is not None and len(images["pixel_values"]):
-                embeds_XED, images = self.encode_images(*images.values()), {}
-            if embeds_XED is None and self.integration is not None:
-                embeds_XED = self.get_input_embeddings()(input_ids[:0, :1])
-            if embeds_XED is not None:
-                mask_BS = input_ids == self.image_token_id
-                check_counts(mask_BS, embeds_XED[:, : self.num_image_tokens])
-                if self.integration is not None:
-                    _, said_XED = self.integration.split(embeds_XED[:, self.num_image_tokens :], self.num_image_tokens)
-                    placed = place(said_XED, mask_BS, self.num_image_tokens, keeps=True)
-                    images["placed"] = placed.repeated(expand_size)
-                    embeds_XED = embeds_XED[:, : embeds_XED.shape[1] - said_XED.shape[1]]
-                views, known = (x.sum(1) // self.num_image_tokens for x in (mask_BS, mask_BS[:, :before]))
-                rows = [row[skip:] for row, skip in zip(embeds_XED.split(views.tolist()), known.tolist(), strict=True)]
-                images["image_embeds"] = torch.cat([row.repeat(expand_size, 1, 1) for row in rows])
-        expanded: tuple[Tensor, dict[str, Any]] = super()._expand_inputs_for_generation(
-            expand_size, is_encoder_decoder, input_ids, **kwargs
-        )
-        expanded[1].update({name: value for name, value in images.items() if value is not None})
-        return expanded
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
