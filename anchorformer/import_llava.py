@@ -108,8 +108,8 @@ def import_llava(folder: Path, selector: Mapping[str, Any], out: Path, *, templa
     if model.vision_tower.has_cls and isinstance(selector_config, AnchorSelectorConfig | ClsAndPatchesConfig):
         log.warning("selector %s keeps [CLS], which LLaVA's projector has never been given in training; fastervlm, "
                     "vtc_cls and received keep patches only", type(selector_config).__name__)  # fmt: skip
-    places = {part: {k: v for k, v in kept.items() if k.startswith(f"{part}.")} for part in PARTS}
-    return write_folder(out, config, processor, {part: _Streamed(own) for part, own in places.items() if own})
+    parts = {part: _Streamed({k: v for k, v in kept.items() if k.startswith(f"{part}.")}) for part in PARTS}
+    return write_folder(out, config, processor, parts)
 
 
 class _Streamed(Mapping[str, Tensor]):

@@ -249,7 +249,7 @@ def test_a_copy_has_hooks_of_its_own_and_nothing_stays_behind() -> None:
     assert all(map(torch.equal, run_flat(model, samples), before))
 
 
-@pytest.fixture(scope="module", params=["one", "tiles"])
+@pytest.fixture(scope="module", params=["one", pytest.param("tiles", marks=pytest.mark.slow)])
 def case(request: pytest.FixtureRequest, assemble_tiny: Assemble) -> Case:
     tiling = {"grids": [[1, 2], [2, 1], [2, 2]]} if request.param == "tiles" else None
     made = Case(assemble_tiny(tiling=tiling, integration=integration(layers=[1, 2])))
