@@ -162,7 +162,7 @@ def load(folder: Path, config: EvalConfig, questions: Sequence[Question] = ()) -
         UserError: the folder is damaged or not one of ours, the template does not fit, or there is no such device; an
             image that cannot be read, or a disk without room for its features.
     """
-    check_folder(folder)
+    described = check_folder(folder)
     device = _device(config.device)
     precision = config.precision
     if precision is Precision.auto:
@@ -184,6 +184,8 @@ def load(folder: Path, config: EvalConfig, questions: Sequence[Question] = ()) -
         "model_sha256": sha256(folder / MANIFEST),
         "template": processor.template,
         **_visual(processor),
+        # Layers that have one read every visual token besides.
+        **({} if described.integration is None else {"integration": described.integration}),
         "precision": precision.value,
         "vision_features": "live" if features is None else "cached",  # which took no time then
         "machine": machine(device),

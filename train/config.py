@@ -309,7 +309,7 @@ def check(config: RunConfig) -> None:
     Raises:
         UserError: global batch not divisible by the ranks, both or none of epochs and max_steps, finetune
             without `init_from`, unknown template, a ZeRO that `check_zero` refuses, validation without tasks or the
-            other way round, compiled parts or a folded connector under ZeRO-3, an integration that is trained and not
+            other way round, compiled parts or a folded connector under ZeRO-3, an integration that is named and not
             there, cached features of a trained tower, an adapter that is not trained, has no layers, or is to be
             quantized where that is not possible, a profile of no steps or of more than `max_steps`.
     """
@@ -357,11 +357,13 @@ def check(config: RunConfig) -> None:
             found=f"eval.every={config.eval.every}, eval.tasks={sorted(config.eval.tasks)}",
             expected="both, or neither", remedy='e.g. eval.every=100 "eval.tasks=[docvqa_val,chartqa_test]"',
         )  # fmt: skip
-    if Part.integration in stage.trains and config.model.integration is None:
+    named = [name for name, parts in (("stage.trains", stage.trains), ("hardware.compile", hardware.compile))
+             if Part.integration in parts]  # fmt: skip
+    if named and config.model.integration is None:
         raise UserError(
-            "the stage trains an integration that the model does not have",
-            found="stage.trains with integration, model.integration=null", expected="both, or neither",
-            remedy="add integration=eram_v, or drop stage.trains.integration",
+            f"{' and '.join(named)} name an integration that the model does not have",
+            found="model.integration=null", expected="an integration, or no mention of it",
+            remedy=f"add integration=eram_v, or leave it out of {' and '.join(named)}",
         )  # fmt: skip
     if config.data.feature_cache is not None and Part.vision_tower in stage.trains:
         raise UserError(

@@ -33,6 +33,7 @@ from anchorformer.weights import check_folder, load_model
 from tests.anchorformer.test_generation import ASKED, GREEDY, ONE, TWO, WIDE, Case
 from tests.anchorformer.test_modeling import Sample, assert_close, make_samples, run_alone, run_flat
 from tests.conftest import ANCHOR, CONNECTOR, Assemble
+from tests.test_every_combination import CONNECTORS
 
 TARGET = "anchorformer.integrations.eram_v.EramVConfig"
 AVERAGE = {"_target_": "anchorformer.selectors.average.AverageSelectorConfig", "num_anchors": 5, "layer": -2}
@@ -89,10 +90,10 @@ def twins(text: str = "llama", **changes: Any) -> tuple[Any, Any]:
     return plain, integrated
 
 
-@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize(("text", "dtype"), [*((text, torch.float32) for text in TEXTS), ("llama", torch.bfloat16)])
 @torch.no_grad()
-def test_closed_it_changes_no_bit(text: str) -> None:
-    plain, integrated = twins(text)
+def test_closed_it_changes_no_bit(text: str, dtype: torch.dtype) -> None:
+    plain, integrated = (model.to(dtype) for model in twins(text))
     samples = make_samples(plain)
     assert all(map(torch.equal, run_flat(plain, samples), run_flat(integrated, samples)))
     assert all(torch.equal(run_alone(plain, sample), run_alone(integrated, sample)) for sample in samples)
@@ -255,6 +256,37 @@ def case(request: pytest.FixtureRequest, assemble_tiny: Assemble) -> Case:
     made = Case(assemble_tiny(tiling=tiling, integration=integration(layers=[1, 2])))
     opened(made.model)
     return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("connector", CONNECTORS)
+def test_it_goes_with_every_connector(connector: str) -> None:
+    """With the direct features where there is one embedding per anchor, else with the visual tokens alone."""
+    spec, follows = CONNECTORS[connector], connector in ("anchor_former", "identity", "mlp")
+    if not follows:
+        with pytest.raises(UserError, match="one embedding per anchor"):
+            build(integration(), connector=spec)
+    plain, integrated = build(None, connector=spec), build(integration(inject=follows), connector=spec)
+    integrated.load_state_dict(plain.state_dict(), strict=False)
+    samples = make_samples(plain)
+    with torch.no_grad():
+        before = run_flat(plain, samples)
+        assert all(map(torch.equal, before, run_flat(integrated, samples)))
+        opened(integrated)
+        assert not torch.equal(run_flat(integrated, samples)[0], before[0])
+        assert_close(run_flat(integrated, samples)[1], run_alone(integrated, samples[1]))
+
+
+@pytest.mark.slow
+def test_a_compiled_language_model_says_the_same() -> None:
+    model = opened(build(integration()))
+    samples = make_samples(model)
+    with torch.no_grad():
+        before = run_flat(model, samples)
+    model.language_model.compile(backend="eager")
+    with torch.no_grad():
+        for one, two in zip(before, run_flat(model, samples), strict=True):
+            assert_close(two, one)
 
 
 def plain_of(case: Case) -> list[list[int]]:
