@@ -21,11 +21,11 @@ from anchorformer.errors import UserError, run_guarded
 from anchorformer.hub import check_complete, load
 from anchorformer.images import ImageTransform
 from anchorformer.model_folder import part_state, write_parts
-from anchorformer.modeling import parse_parts, parse_tiling
+from anchorformer.modeling import parse_integration, parse_parts, parse_tiling
 from anchorformer.processing import AnchorFormerProcessor
 from anchorformer.schema import Schema, parse, plugin_to_plain, to_plain
 from anchorformer.tiling import UNTILED, Tiling
-from anchorformer.views import embeddings_per_view
+from anchorformer.views import build_integration, embeddings_per_view
 from anchorformer.vision import VisionTower
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,8 @@ log = logging.getLogger(__name__)
 
 def assemble(
     vision: str, language_model: str, selector: Mapping[str, Any], connector: Mapping[str, Any], out: Path,
-    *, template: str, tiling: Mapping[str, Any] | None = None, seed: int = 0,
+    *, template: str, tiling: Mapping[str, Any] | None = None, integration: Mapping[str, Any] | None = None,
+    seed: int = 0,
 ) -> Path:  # fmt: skip
     """Writes a model folder; the backbones keep the precision they were published in, the connector starts in fp32.
 
@@ -44,14 +45,15 @@ def assemble(
         out: folder to be written; appears under its name only when complete.
         template: conversation template of the processor; a run may choose another for its stage.
         tiling: fields of `anchorformer.tiling.Tiling`; none for one tile per image.
-        seed: of the fresh connector's weights.
+        integration: plug-in mapping; none for a language model that sees no more than the connector's embeddings.
+        seed: of the fresh connector's weights, and of the integration's.
 
     Raises:
         UserError: a backbone that cannot be found or does not fit the selector or connector.
     """
     # Everything that can be refused is refused here, from configurations and tokenizer files alone.
     selector_config, connector_config = parse_parts(selector, connector)
-    tiling_config = parse_tiling(tiling or {})
+    tiling_config, integration_config = parse_tiling(tiling or {}), parse_integration(integration)
     vision_config, text_config = _vision_config(vision), _text_config(language_model)
     mean, std = image_statistics(vision)
     with torch.device("meta"):
@@ -64,6 +66,10 @@ def assemble(
         ),
         template=template,
     )
+    with torch.device("meta"):
+        build_integration(
+            integration_config, tiling_config, selector_config, shape, text_config, processor.num_image_tokens
+        )
 
     log.info("vision tower from %s", vision)
     tower = load("vision tower", vision, lambda name, **_: VisionTower.from_backbone(name, selector_config.needs))
@@ -76,6 +82,9 @@ def assemble(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = connector_config.build(tower.width, text_config.hidden_size)
+        integrated = build_integration(
+            integration_config, tiling_config, selector_config, tower, text_config, processor.num_image_tokens
+        )
         if len(processor.tokenizer) > llm.get_input_embeddings().num_embeddings:
             llm.resize_token_embeddings(len(processor.tokenizer))
 
@@ -84,9 +93,12 @@ def assemble(
         selector=plugin_to_plain(selector_config), connector=plugin_to_plain(connector_config),
         image_token_id=processor.image_token_id, image_mean=mean, image_std=std,
         tiling=to_plain(tiling_config) if tiling_config.grids else {},
+        integration=None if integration_config is None else plugin_to_plain(integration_config),
         architectures=["AnchorFormerForConditionalGeneration"],
     )  # fmt: skip
     model = torch.nn.ModuleDict({"vision_tower": tower, "connector": fresh, "language_model": llm})
+    if integrated is not None:
+        model["integration"] = integrated
     tied = {f"language_model.{name}" for name in llm.all_tied_weights_keys}
     return write_folder(out, config, processor, {part: part_state(model, part, tied) for part in model})
 
@@ -169,6 +181,7 @@ class Recipe(Schema):
     selector: dict[str, Any]
     connector: dict[str, Any]
     tiling: Tiling = UNTILED
+    integration: dict[str, Any] | None = None
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -189,7 +202,8 @@ def read_recipe(path: Path) -> Recipe:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m anchorformer.assemble", description=__doc__)
-    parser.add_argument("model", type=Path, help="YAML with vision, language_model, selector, connector[, tiling]")
+    keys = "vision, language_model, selector, connector[, tiling, integration]"
+    parser.add_argument("model", type=Path, help=f"YAML with {keys}")
     parser.add_argument("out", type=Path, help="folder to be written")
     parser.add_argument("--template", default="v1", help="conversation template of the processor (default: v1)")
     parser.add_argument("--seed", type=int, default=0, help="of the fresh connector (default: 0)")
@@ -198,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     recipe = read_recipe(options.model)
     assemble(
         recipe.vision, recipe.language_model, recipe.selector, recipe.connector, options.out,
-        template=options.template, tiling=to_plain(recipe.tiling), seed=options.seed,
+        template=options.template, tiling=to_plain(recipe.tiling), integration=recipe.integration, seed=options.seed,
     )  # fmt: skip
 
 

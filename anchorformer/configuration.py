@@ -19,6 +19,8 @@ class AnchorFormerConfig(PreTrainedConfig):
         selector: plug-in mapping of `anchorformer.selectors` (`_target_` and its fields).
         connector: plug-in mapping of `anchorformer.connectors`.
         tiling: fields of `anchorformer.tiling.Tiling`; empty where an image is one tile.
+        integration: plug-in mapping of `anchorformer.integrations`; None where the language model sees of an image what
+            stands at its placeholders.
         image_token_id: the placeholder that stands once per embedding of an image.
         image_mean, image_std: per channel in 0..1; what uint8 pixels are normalised with on the device.
     """
@@ -36,6 +38,7 @@ class AnchorFormerConfig(PreTrainedConfig):
         image_mean: tuple[float, float, float] = CLIP_MEAN,
         image_std: tuple[float, float, float] = CLIP_STD,
         tiling: dict[str, Any] | None = None,
+        integration: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         # transformers builds an empty configuration to find out which values differ from the defaults, so every
@@ -48,6 +51,7 @@ class AnchorFormerConfig(PreTrainedConfig):
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
         self.tiling = dict(tiling or {})
+        self.integration = None if integration is None else dict(integration)
         kwargs.setdefault("tie_word_embeddings", bool(getattr(self.text_config, "tie_word_embeddings", False)))
         super().__init__(**kwargs)
 

@@ -42,10 +42,14 @@ class Description(Schema):
     bases: dict[str, dict[str, str]]
     """Part -> name (hub id or folder) and sha256 of its tensors (`anchorformer.export.base_digest`)."""
     weights_sha256: str
+    integration: dict[str, Any] | None = None
+    """Its weights lie beside the connector's."""
 
 
 def export_connector(folder: Path, out: Path, dtype: torch.dtype, names: dict[str, str], card: str) -> Path:
     """The connector of a model folder, and which vision tower and language model it belongs between.
+
+    An integration, where the model has one, goes with it.
 
     About 170 MB at the paper's size in bf16, where a whole model has 14 GB.
 
@@ -60,7 +64,7 @@ def export_connector(folder: Path, out: Path, dtype: torch.dtype, names: dict[st
     config = check_folder(folder)
     processor = load("processor", folder, AnchorFormerProcessor.from_pretrained)
     tensors: dict[str, torch.Tensor] = {}
-    for name in sorted({file for key, file in read_index(folder).items() if key.startswith("connector.")}):
+    for name in sorted({file for key, file in read_index(folder).items() if key.partition(".")[0] not in BASES}):
         tensors |= {key: cast(value, dtype) for key, value in load_file(folder / name).items()}
     partial = partial_of(out)
     shutil.rmtree(partial, ignore_errors=True)
@@ -72,7 +76,8 @@ def export_connector(folder: Path, out: Path, dtype: torch.dtype, names: dict[st
     }
     description = {
         "selector": config.selector, "connector": config.connector, "tiling": config.tiling,
-        "template": processor.template, "bases": bases, "weights_sha256": sha256(partial / WEIGHTS),
+        "integration": config.integration, "template": processor.template, "bases": bases,
+        "weights_sha256": sha256(partial / WEIGHTS),
     }  # fmt: skip
     (partial / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
     (partial / CARD).write_text(card, encoding="utf-8")
@@ -100,7 +105,7 @@ def attach(folder: Path, out: Path, vision: str | None = None, language_model: s
     try:
         assemble(
             names["vision_tower"], names["language_model"], description.selector, description.connector, fresh,
-            template=description.template, tiling=description.tiling,
+            template=description.template, tiling=description.tiling, integration=description.integration,
         )  # fmt: skip
         for part in BASES:
             found, wanted = base_digest(fresh, part), description.bases[part]["sha256"]
@@ -111,7 +116,10 @@ def attach(folder: Path, out: Path, vision: str | None = None, language_model: s
                     expected=f"{description.bases[part]['name']} with sha256 {wanted[:16]}...",
                     remedy="name the base that it was trained with: --vision or --language-model",
                 )
-        derive_folder(fresh, {"connector": load_file(folder / WEIGHTS)}, out)
+        parts: dict[str, dict[str, torch.Tensor]] = {}
+        for name, value in load_file(folder / WEIGHTS).items():
+            parts.setdefault(name.partition(".")[0], {})[name] = value
+        derive_folder(fresh, parts, out)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     log.info("model folder %s", out)

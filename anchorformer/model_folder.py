@@ -27,7 +27,7 @@ from anchorformer.hub import INDEX, read_mapping, read_weight_map
 from anchorformer.processing import AnchorFormerProcessor
 
 MANIFEST = "MANIFEST.json"
-PARTS = ("vision_tower", "connector", "language_model")
+PARTS = ("vision_tower", "connector", "integration", "language_model")
 SHARD_BYTES = 4 * 2**30
 """Largest shard: a part is split where one more tensor would exceed it."""
 
@@ -36,7 +36,8 @@ def write_parts(folder: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> None
     """Writes the shards of all parts, their index and the manifest into a folder that holds the other files already.
 
     Args:
-        parts: part -> tensors under their full names in the model's state dict; no two may share memory.
+        parts: part -> tensors under their full names in the model's state dict; no two may share memory. A part without
+            any gets no file.
     """
     weight_map: dict[str, str] = {}
     for part, tensors in parts.items():
@@ -229,7 +230,7 @@ def _write_derived(
 
 
 def _write_shards(folder: Path, part: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    shards: list[dict[str, Tensor]] = [{}]
+    shards: list[dict[str, Tensor]] = [{}] if tensors else []
     size = 0
     for name in sorted(tensors):
         if not name.startswith(part + "."):

@@ -1,4 +1,7 @@
-"""The model: vision tower -> selector -> connector -> fusion -> language model, as a Hugging Face model."""
+"""The model: vision tower -> selector -> connector -> fusion -> language model, as a Hugging Face model.
+
+An integration, where there is one, stands beside the connector and is heard by layers of the language model.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +10,37 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from anchorformer import connectors, selectors
+from anchorformer import connectors, integrations, selectors
 from anchorformer.configuration import AnchorFormerConfig
 from anchorformer.connectors.base import ConnectorConfig
 from anchorformer.contracts import VisionFeatures
 from anchorformer.errors import UserError
-from anchorformer.fusion import check_counts, fuse
+from anchorformer.fusion import fuse
+from anchorformer.generation import ImageGenerationMixin
 from anchorformer.images import normalise
+from anchorformer.integrations.base import (
+    ARGUMENT,
+    Integration,
+    IntegrationConfig,
+    Placed,
+    Rows,
+    place,
+    placed_nowhere,
+)
 from anchorformer.kernels.attention import FLAT_MASK, TEXT_ATTENTION
 from anchorformer.lean import make_lean
 from anchorformer.schema import parse, parse_plugin
 from anchorformer.selectors.base import SelectorConfig
 from anchorformer.tiling import Tiling
-from anchorformer.views import build_selector, embeddings_per_view, join_tiles
+from anchorformer.views import build_integration, build_selector, embeddings_per_view, join_tiles
 from anchorformer.vision import VisionTower
 
 
-class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class AnchorFormerForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
     """Answers in text about images, seen through a fixed number of visual anchors.
 
     `forward` takes one of two forms, never both:
@@ -74,6 +87,12 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
             config.text_config, attn_implementation=TEXT_ATTENTION, dtype=self.dtype_of(config)
         )
         make_lean(self.language_model)
+        integration = parse_integration(config.integration)
+        self.integration = build_integration(
+            integration, self.tiling, selector, tower, config.text_config, self.num_image_tokens
+        )
+        if self.integration is not None:
+            self.integration.attach(self.language_model)
         self.post_init()
 
     @staticmethod
@@ -90,6 +109,7 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
         tile_counts: Sequence[int] | None = None,
         vision_features: VisionFeatures | None = None,
         image_embeds: Tensor | None = None,
+        placed: Placed | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         past_key_values: Any = None,
@@ -109,6 +129,8 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
             vision_features: what the vision tower says of these tiles, where that is known; it does not run then.
             image_embeds: what `encode_images` said of the images, instead of `pixel_values`; nothing visual runs then,
                 so not while training.
+            placed: what the integration reads of every image of every row, also where the row's beginning lies in the
+                cache; `generate` passes it on from step to step. None makes it of the images that are given.
             cu_seqlens: flat form only, int32 (samples + 1,), borders of the samples.
             max_seqlen: flat form only, the longest sample.
             labels: padded form only, (B, L) with -100 where not supervised; adds the mean next-token loss.
@@ -119,7 +141,8 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
             tuple of what there is, loss first, with `return_dict=False`.
 
         Raises:
-            UserError: both forms at once, images given twice, or placeholders and images that do not match.
+            UserError: both forms at once, images given twice, or placeholders and images that do not match; a cache
+                without `placed` where there is an integration.
         """
         is_flat = cu_seqlens is not None
         if is_flat:
@@ -130,7 +153,12 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
             }  # fmt: skip
             attention_mask, use_cache = FLAT_MASK, False
         embeds_BSD = self.get_input_embeddings()(input_ids)
-        embeds_BSD = self._see(embeds_BSD, input_ids, pixel_values, tile_counts, vision_features, image_embeds)
+        visual_XED, is_blank = self._look(embeds_BSD.device, pixel_values, tile_counts, vision_features, image_embeds)
+        embeds_BSD = self._fused(embeds_BSD, input_ids, visual_XED, is_blank)
+        if self.integration is not None:
+            before = 0 if past_key_values is None else past_key_values.get_seq_length()
+            rows = Rows(input_ids.shape[1], before, cu_seqlens, max_seqlen)
+            kwargs[ARGUMENT] = self._heard(self.integration, embeds_BSD, input_ids, visual_XED, is_blank, placed, rows)
         out: CausalLMOutputWithPast = self.language_model(
             inputs_embeds=embeds_BSD,
             attention_mask=attention_mask,
@@ -151,6 +179,8 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> Tensor:  # fmt: skip
         """Visual embeddings of tiles (B, 3, H, W): (views, num_image_tokens, D), D the language model's width.
 
+        With an integration there are more of each view: what that says of it stands behind them.
+
         Args:
             features: of these tiles, where they are known already.
 
@@ -164,7 +194,11 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
             features = self.vision_tower(pixel_values)
         if self.tiling.spans_tiles:
             features = join_tiles(features, counts)
-        return self.connector(self.selector(features), features)
+        anchors = self.selector(features)
+        embeds_XTD: Tensor = self.connector(anchors, features)
+        if self.integration is None:
+            return embeds_XTD
+        return torch.cat([embeds_XTD, self.integration(anchors, features).to(embeds_XTD.dtype)], dim=1)
 
     def _tile_counts(self, tiles: int, given: Sequence[int] | None) -> Sequence[int]:
         if given is None and len(self.tiling.counts) == 1:
@@ -180,10 +214,11 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )  # fmt: skip
         return given
 
-    def _see(
-        self, embeds_BSD: Tensor, input_ids: Tensor, pixel_values: Tensor | None, tile_counts: Sequence[int] | None,
+    def _look(
+        self, device: torch.device, pixel_values: Tensor | None, tile_counts: Sequence[int] | None,
         features: VisionFeatures | None, image_embeds: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+    ) -> tuple[Tensor | None, bool]:  # fmt: skip
+        """What is visible, as `encode_images` says it, and whether it is a blank that no placeholder stands for."""
         if image_embeds is not None:
             if pixel_values is not None or self.training:
                 raise UserError(
@@ -191,50 +226,50 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
                     found="a model in training mode" if self.training else "pixel_values beside them",
                     expected="image_embeds alone, and model.eval()", remedy="pass only one of the two",
                 )  # fmt: skip
-            return fuse(embeds_BSD, input_ids, image_embeds, self.image_token_id)
+            return image_embeds, False
         if pixel_values is not None and pixel_values.shape[0] > 0:
-            visual_XTD = self.encode_images(pixel_values, tile_counts, features)
-            return fuse(embeds_BSD, input_ids, visual_XTD, self.image_token_id)
-        if self.training:
-            # A rank whose micro-batch is text only must still run the connector, or ZeRO's collectives go out of step.
-            side, tiles = self.vision_tower.image_size, self.tiling.counts[0]
-            blank = torch.zeros(tiles, 3, side, side, dtype=torch.uint8, device=embeds_BSD.device)
-            if features is not None:  # and a rank with images does not run the tower either
-                features = features.map(lambda x: x.new_zeros(tiles, *x.shape[1:]))
-            embeds_BSD = embeds_BSD + (0.0 * self.encode_images(blank, [tiles], features)).sum().to(embeds_BSD.dtype)
-        return fuse(embeds_BSD, input_ids, embeds_BSD.new_zeros(0, 1, embeds_BSD.shape[-1]), self.image_token_id)
+            return self.encode_images(pixel_values, tile_counts, features), False
+        if not self.training:
+            return None, False
+        # A rank whose micro-batch is text only must still run the connector, or ZeRO's collectives go out of step.
+        side, tiles = self.vision_tower.image_size, self.tiling.counts[0]
+        blank = torch.zeros(tiles, 3, side, side, dtype=torch.uint8, device=device)
+        if features is not None:  # and a rank with images does not run the tower either
+            features = features.map(lambda x: x.new_zeros(tiles, *x.shape[1:]))
+        return self.encode_images(blank, [tiles], features), True
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        """Adds the images to the first step only: later steps find them in the cache."""
-        names = ("pixel_values", "tile_counts", "vision_features", "image_embeds")
-        seen = {name: kwargs.pop(name, None) for name in names}
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        if kwargs.get("is_first_iteration", False) or not kwargs.get("use_cache", True):
-            inputs |= seen
-        return inputs
+    def _fused(self, embeds_BSD: Tensor, input_ids: Tensor, visual_XED: Tensor | None, is_blank: bool) -> Tensor:
+        own_XTD = None if visual_XED is None else visual_XED[:, : self.num_image_tokens]
+        if own_XTD is not None and is_blank:
+            embeds_BSD = embeds_BSD + (0.0 * own_XTD).sum().to(embeds_BSD.dtype)
+        if own_XTD is None or is_blank:
+            own_XTD = embeds_BSD.new_zeros(0, 1, embeds_BSD.shape[-1])
+        return fuse(embeds_BSD, input_ids, own_XTD, self.image_token_id)
 
-    def _expand_inputs_for_generation(
-        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """Repeats rows for beams or several answers, each with all of its images, which are looked at once.
-
-        transformers would repeat image by image, and a row with two of them would see the first one twice.
-        """
-        images = {name: kwargs.pop(name, None) for name in ("pixel_values", "tile_counts", "vision_features")}
-        if expand_size > 1 and input_ids is not None:
-            embeds_XTD = kwargs.pop("image_embeds", None)
-            if images["pixel_values"] is not None and len(images["pixel_values"]):
-                embeds_XTD, images = self.encode_images(*images.values()), {}
-            if embeds_XTD is not None:
+    def _heard(
+        self, integration: Integration, embeds_BSD: Tensor, input_ids: Tensor, visual_XED: Tensor | None,
+        is_blank: bool, placed: Placed | None, rows: Rows,
+    ) -> Any:  # fmt: skip
+        """What layers are handed beside the embeddings; None where no row has an image."""
+        direct_BSD = None
+        if visual_XED is not None:
+            direct_XTD, said_XED = integration.split(visual_XED[:, self.num_image_tokens :], self.num_image_tokens)
+            if is_blank:
+                num_rows = len(input_ids) if rows.cu_seqlens is None else rows.cu_seqlens.numel() - 1
+                placed = placed_nowhere(said_XED, num_rows)
+            elif placed is None:
                 mask_BS = input_ids == self.image_token_id
-                check_counts(mask_BS, embeds_XTD)
-                rows = embeds_XTD.split((mask_BS.sum(1) // embeds_XTD.shape[1]).tolist())
-                images["image_embeds"] = torch.cat([row.repeat(expand_size, 1, 1) for row in rows])
-        expanded: tuple[Tensor, dict[str, Any]] = super()._expand_inputs_for_generation(
-            expand_size, is_encoder_decoder, input_ids, **kwargs
-        )
-        expanded[1].update({name: value for name, value in images.items() if value is not None})
-        return expanded
+                placed = place(said_XED, mask_BS, self.num_image_tokens, rows.cu_seqlens)
+            if direct_XTD is not None:
+                direct_XTD = direct_XTD[:0] if is_blank else direct_XTD
+                direct_BSD = fuse(torch.zeros_like(embeds_BSD), input_ids, direct_XTD, self.image_token_id)
+        if placed is None and rows.before:
+            raise UserError(
+                "the integration does not know the images whose placeholders lie in the cache",
+                found=f"{rows.before} positions in past_key_values, no `placed`", expected="what generate hands on",
+                remedy="use model.generate, or forward without a cache",
+            )  # fmt: skip
+        return integration.argument(placed, rows, direct_BSD) if placed is not None and len(placed.said_XED) else None
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -263,6 +298,17 @@ def parse_parts(selector: Mapping[str, Any], connector: Mapping[str, Any]) -> tu
         parse_plugin(SelectorConfig, selector, selectors.__name__, "selector"),
         parse_plugin(ConnectorConfig, connector, connectors.__name__, "connector"),
     )
+
+
+def parse_integration(integration: Mapping[str, Any] | None) -> IntegrationConfig | None:
+    """The typed integration of a plug-in mapping, if there is one.
+
+    Raises:
+        UserError: unknown plug-in, unknown key or wrong type.
+    """
+    if integration is None:
+        return None
+    return parse_plugin(IntegrationConfig, integration, integrations.__name__, "integration")
 
 
 def parse_tiling(tiling: Mapping[str, Any]) -> Tiling:

@@ -47,7 +47,7 @@ class Seen:
 
     @property
     def image_embeds(self) -> Tensor:
-        """(views, T, D), for `generate` and `forward` of any batch that shows these images; made at first use."""
+        """What `encode_images` says of them, for `generate` and `forward` of any batch with them; made at first use."""
         return self._sight.embeds_XTD
 
     @cached_property
@@ -74,10 +74,9 @@ class Seen:
         ids_BS = ids_S[None].to(self._model.device)
         mask_BS = torch.ones_like(ids_BS)
         with self._asking:
-            cache, known = self._take(ids_S)
-            views = self._count_images(ids_S[:known]) // self._processor.num_image_tokens
+            cache = self._take(ids_S)
             read_S: Tensor = self._model.generate(
-                input_ids=ids_BS, attention_mask=mask_BS, image_embeds=self.image_embeds[views:],
+                input_ids=ids_BS, attention_mask=mask_BS, image_embeds=self.image_embeds,
                 past_key_values=cache, use_cache=True, num_beams=1, num_return_sequences=1,
                 logits_processor=self._decoding.logits_processors(ids_BS, mask_BS, self._sight),
                 eos_token_id=self._processor.stop_token_ids, **settings,
@@ -86,8 +85,8 @@ class Seen:
             self._ids_S, self._cache = read_S[: cache.get_seq_length()], cache
         return read_S[len(ids_S) :]
 
-    def _take(self, ids_S: Tensor) -> tuple[DynamicCache, int]:
-        """The cache, cut to what this prompt shares with it, and how many positions that is.
+    def _take(self, ids_S: Tensor) -> DynamicCache:
+        """The cache, cut to what this prompt shares with it.
 
         It is put back when the prompt was read: one that a failure left half filled is never used.
         """
@@ -99,7 +98,7 @@ class Seen:
         known -= self._count_images(ids_S[:known]) % self._processor.num_image_tokens  # no part of an image
         if known < len(read_S):
             cache.crop(known - len(read_S))
-        return cache, known
+        return cache
 
     def _count_images(self, ids_S: Tensor) -> int:
         return int((ids_S == self._processor.image_token_id).sum())

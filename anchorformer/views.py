@@ -14,12 +14,15 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedConfig
 
 from anchorformer.connectors.base import ConnectorConfig
 from anchorformer.contracts import Anchors, VisionFeatures
 from anchorformer.errors import UserError
+from anchorformer.integrations.base import Integration, IntegrationConfig
 from anchorformer.selectors.base import Selector, SelectorConfig
 from anchorformer.tiling import Tiling
+from anchorformer.vision import VisionTower
 
 
 def embeddings_per_view(
@@ -70,6 +73,31 @@ def build_selector(
     if len(sizes) == 1:
         return selector.build(sizes[0], num_heads, has_cls)
     return SelectorBySize({size: selector.build(size, num_heads, has_cls) for size in sizes})
+
+
+def build_integration(
+    config: IntegrationConfig | None, tiling: Tiling, selector: SelectorConfig, tower: VisionTower,
+    text_config: PreTrainedConfig, num_embeddings: int,
+) -> Integration | None:  # fmt: skip
+    """The integration between these parts, with fresh weights; None where there is none.
+
+    Args:
+        num_embeddings: of a view.
+
+    Raises:
+        UserError: parts that it does not go with.
+    """
+    if config is None:
+        return None
+    tokens = view_sizes(tiling, tower.num_tokens, tower.has_cls)
+    if len(tokens) > 1:
+        raise UserError(
+            "an integration reads all visual tokens, and views of this tiling have different numbers of them",
+            found=f"tiling.select=image with {', '.join(map(str, tokens))} tokens", expected="views of one size",
+            remedy="set model.tiling.select=tile, a tiling of one grid, or integration=none",
+        )  # fmt: skip
+    anchors = selector.count(tokens[0], tower.num_heads, tower.has_cls)
+    return config.build(tower.width, text_config, anchors, num_embeddings)
 
 
 class SelectorBySize(Selector):

@@ -16,7 +16,12 @@ from anchorformer.configuration import AnchorFormerConfig
 from anchorformer.errors import UserError
 from anchorformer.hub import CONFIG, check_files, read_object
 from anchorformer.model_folder import check_present, compare_shapes, read_index, read_manifest, read_shapes, sha256
-from anchorformer.modeling import AnchorFormerForConditionalGeneration, parse_parts, parse_tiling
+from anchorformer.modeling import (
+    AnchorFormerForConditionalGeneration,
+    parse_integration,
+    parse_parts,
+    parse_tiling,
+)
 from anchorformer.schema import plugin_to_plain, to_plain
 from anchorformer.tiling import Tiling
 from anchorformer.vision import VisionTower
@@ -28,15 +33,17 @@ def check_folder(
     connector: Mapping[str, Any] | None = None,
     *,
     tiling: Tiling | None = None,
+    integration: Mapping[str, Any] | None = None,
     every_hash: bool = False,
 ) -> AnchorFormerConfig:
     """Everything that can be wrong with a model folder, found from headers and hashes before a weight is loaded.
 
-    Compares file sizes with the manifest, the sha256 of the connector's shards, selector, connector and tiling with
-    those the run asks for, and the names and shapes of all tensors with the model that the configuration describes; and
-    validates the generation config.
+    Compares file sizes with the manifest, the sha256 of the connector's and the integration's shards, selector,
+    connector, integration and tiling with those the run asks for, and the names and shapes of all tensors with the
+    model that the configuration describes; and validates the generation config.
 
     Args:
+        integration: that of the run, or None for none; compared where a selector is given.
         every_hash: also read the backbones' shards (some 14 GB at 7B) to compare their sha256; once per run is enough.
 
     Raises:
@@ -51,7 +58,7 @@ def check_folder(
                 f"model folder {folder} is damaged at {name}", found=f"{found} bytes",
                 expected=f"{entry['bytes']} bytes", remedy="restore the file or write the folder again",
             )  # fmt: skip
-        if (every_hash or name.startswith("connector")) and sha256(path) != entry["sha256"]:
+        if (every_hash or name.startswith(("connector", "integration"))) and sha256(path) != entry["sha256"]:
             raise UserError(
                 f"model folder {folder} is damaged at {name}", found="another sha256 than the manifest's",
                 expected=entry["sha256"], remedy="restore the file or write the folder again",
@@ -72,6 +79,12 @@ def check_folder(
                 expected=", ".join(f"{k}={wanted.get(k)}" for k in differing),
                 remedy=f"give the run the {kind} that the folder was trained with, or start from another folder",
             )
+    if selector is not None and parse_integration(integration) != parse_integration(config.integration):
+        raise UserError(
+            f"integration of {folder} is not the one this run asks for", found=f"{config.integration}",
+            expected=f"{integration}",
+            remedy="give the run the integration of the folder (integration=none for none), or start from another one",
+        )  # fmt: skip
     own = parse_tiling(config.tiling)
     if tiling not in (None, own):
         raise UserError(

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from hydra import compose as hydra_compose
@@ -293,4 +294,6 @@ def _is_declared(path: Sequence[str], hint: Any) -> bool:
         key, value = get_args(hint)
         known = not issubclass(key, Enum) or path[0] in {member.value for member in key}
         return known and _is_declared(path[1:], value)
+    if get_origin(hint) is UnionType:
+        return any(_is_declared(path, option) for option in get_args(hint))
     return hint is Any

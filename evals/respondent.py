@@ -187,7 +187,7 @@ def load(folder: Path, config: EvalConfig, questions: Sequence[Question] = ()) -
             image that cannot be read, or a disk without room for its features.
     """
     decoding = parse_plugin(DecodingConfig, config.decoding, decodings.__name__, "decoding", REMEDY)
-    check_folder(folder)
+    described = check_folder(folder)
     device = _device(config.device)
     precision = config.precision
     if precision is Precision.auto:
@@ -213,6 +213,8 @@ def load(folder: Path, config: EvalConfig, questions: Sequence[Question] = ()) -
         "template": processor.template,
         "selector": config.selector or model.config.selector,
         **_visual(processor),
+        # Layers that have one read every visual token besides.
+        **({} if described.integration is None else {"integration": described.integration}),
         "precision": precision.value,
         "vision_features": "live" if features is None else "cached",  # which took no time then
         "machine": machine(device),

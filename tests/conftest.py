@@ -150,13 +150,15 @@ def assemble_tiny(tiny_backbones: Path, tmp_path_factory: pytest.TempPathFactory
 
     def build(
         selector: dict[str, Any] = ANCHOR, connector: dict[str, Any] = CONNECTOR, template: str = "chat",
-        tiling: dict[str, Any] | None = None,
+        tiling: dict[str, Any] | None = None, integration: dict[str, Any] | None = None,
     ) -> Path:  # fmt: skip
         from anchorformer.assemble import assemble
 
         out = tmp_path_factory.mktemp("model") / "start"
         clip, llama = str(tiny_backbones / "clip"), str(tiny_backbones / "llama")
-        return assemble(clip, llama, selector, connector, out, template=template, tiling=tiling)
+        return assemble(
+            clip, llama, selector, connector, out, template=template, tiling=tiling, integration=integration
+        )
 
     return build
 

@@ -60,6 +60,8 @@ def _recipe(config: RunConfig, environment: Mapping[str, Any]) -> Iterator[tuple
     yield "trained (learning rate)", ", ".join(f"{part} ({lr:g})" for part, lr in trained.items())
     yield "selector", _plugin(model.selector)
     yield "connector", _plugin(model.connector)
+    if model.integration is not None:
+        yield "integration (experimental)", _plugin(model.integration)
     if model.tiling.grids:
         yield "tiling", json.dumps([list(grid) for grid in model.tiling.grids])
     yield (
@@ -111,4 +113,5 @@ def base_names(run: RunFolder) -> dict[str, str]:
 
 def trained_bases(run: RunFolder) -> list[str]:
     """The bases that the run has trained, and that are therefore no longer the ones of that name."""
-    return [part.value for part in run.read_config().stage.trains if part is not Part.connector]
+    own = (Part.connector, Part.integration)
+    return [part.value for part in run.read_config().stage.trains if part not in own]

@@ -9,7 +9,7 @@ from typing import Any
 
 from anchorformer.schema import parse
 from data.overrides import CONF, CommandLine, check_option, options, values
-from train.config import RunConfig
+from train.config import Part, RunConfig
 
 ROOT = CONF.parent
 TASKS = "eval.tasks"
@@ -17,7 +17,7 @@ TASKS = "eval.tasks"
 
 COMMAND_LINE = CommandLine(
     command="python -m train", config="config", schema=RunConfig,
-    plugins=("model.selector", "model.connector", "tracker"),
+    plugins=("model.selector", "model.connector", "model.integration", "tracker"),
     remedies={
         "vision": "a hub id or a folder of your own is model.vision=...",
         "llm": "a hub id or a folder of your own is model.language_model=...",
@@ -27,6 +27,8 @@ COMMAND_LINE = CommandLine(
 
 def compose(overrides: Sequence[str], stand_ins: Mapping[str, Any] | None = None) -> RunConfig:
     """Composes conf/ with the overrides and parses the result; a run without a name is named after stage and time.
+
+    An integration is trained as the connector is where `stage.trains.integration` says nothing else.
 
     Args:
         overrides: as on the command line: `group=option`, `key.path=value`, `+group...` as Hydra writes them; and
@@ -47,6 +49,10 @@ def compose(overrides: Sequence[str], stand_ins: Mapping[str, Any] | None = None
     )
     if named:  # instead of those that an experiment names, not beside them
         composed["eval"]["tasks"] = {name: composed["eval"]["tasks"][name] for name in names}
+    trains = composed["stage"]["trains"]
+    if composed["model"].get("integration") is not None and Part.connector.value in trains:
+        # What an integration adds is as new as the connector, and trained with it.
+        trains.setdefault(Part.integration.value, dict(trains[Part.connector.value]))
     if composed["run"] is None:
         composed["run"] = f"{composed['stage']['name']}-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     return parse(RunConfig, composed, "config")

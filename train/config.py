@@ -33,6 +33,8 @@ class Part(str, Enum):
 
     vision_tower = "vision_tower"
     connector = "connector"
+    integration = "integration"
+    """Of models that have one."""
     language_model = "language_model"
 
 
@@ -158,6 +160,8 @@ class ModelConfig(Schema):
     """Plug-in of `anchorformer.selectors`."""
     connector: dict[str, Any]
     """Plug-in of `anchorformer.connectors`."""
+    integration: dict[str, Any] | None = None
+    """Plug-in of `anchorformer.integrations`; null for a language model that reads the connector's embeddings alone."""
     tiling: Tiling = UNTILED
     """Tiles of an image; without grids it is one."""
     published: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -305,9 +309,9 @@ def check(config: RunConfig) -> None:
     Raises:
         UserError: global batch not divisible by the ranks, both or none of epochs and max_steps, finetune
             without `init_from`, unknown template, a ZeRO that `check_zero` refuses, validation without tasks or the
-            other way round, compiled parts or a folded connector under ZeRO-3, cached features of a trained tower, an
-            adapter that is not trained, has no layers, or is to be quantized where that is not possible, a profile of
-            no steps or of more than `max_steps`.
+            other way round, compiled parts or a folded connector under ZeRO-3, an integration that is named and not
+            there, cached features of a trained tower, an adapter that is not trained, has no layers, or is to be
+            quantized where that is not possible, a profile of no steps or of more than `max_steps`.
     """
     stage, hardware = config.stage, config.hardware
     if stage.global_batch % config.world_size:
@@ -352,6 +356,14 @@ def check(config: RunConfig) -> None:
             "validation is half described",
             found=f"eval.every={config.eval.every}, eval.tasks={sorted(config.eval.tasks)}",
             expected="both, or neither", remedy='e.g. eval.every=100 "eval.tasks=[docvqa_val,chartqa_test]"',
+        )  # fmt: skip
+    named = [name for name, parts in (("stage.trains", stage.trains), ("hardware.compile", hardware.compile))
+             if Part.integration in parts]  # fmt: skip
+    if named and config.model.integration is None:
+        raise UserError(
+            f"{' and '.join(named)} name an integration that the model does not have",
+            found="model.integration=null", expected="an integration, or no mention of it",
+            remedy=f"add integration=eram_v, or leave it out of {' and '.join(named)}",
         )  # fmt: skip
     if config.data.feature_cache is not None and Part.vision_tower in stage.trains:
         raise UserError(

@@ -127,12 +127,17 @@ def check_parts(config: RunConfig) -> RunConfig:
     """Parses the model's plug-ins; returns the config with every one of their values written out."""
     from anchorformer.connectors.base import PACKAGE as CONNECTORS
     from anchorformer.connectors.base import ConnectorConfig
+    from anchorformer.integrations.base import PACKAGE as INTEGRATIONS
+    from anchorformer.integrations.base import IntegrationConfig
     from anchorformer.selectors.base import PACKAGE as SELECTORS
     from anchorformer.selectors.base import SelectorConfig
 
     selector = parse_plugin(SelectorConfig, config.model.selector, SELECTORS, "model.selector")
     connector = parse_plugin(ConnectorConfig, config.model.connector, CONNECTORS, "model.connector")
     model = replace(config.model, selector=plugin_to_plain(selector), connector=plugin_to_plain(connector))
+    if model.integration is not None:
+        integration = parse_plugin(IntegrationConfig, model.integration, INTEGRATIONS, "model.integration")
+        model = replace(model, integration=plugin_to_plain(integration))
     return replace(config, model=model)
 
 
@@ -159,7 +164,8 @@ def make_start_folder(config: RunConfig) -> Path:
             mine = folder.with_name(f"{folder.name}-{secrets.token_hex(4)}")
             assemble(
                 model.vision, model.language_model, model.selector, model.connector, mine,
-                template=config.stage.template, tiling=to_plain(model.tiling), seed=config.seed,
+                template=config.stage.template, tiling=to_plain(model.tiling), integration=model.integration,
+                seed=config.seed,
             )  # fmt: skip
             try:
                 mine.rename(folder)
@@ -167,7 +173,9 @@ def make_start_folder(config: RunConfig) -> Path:
                 shutil.rmtree(mine)
                 if not folder.is_dir():
                     raise
-    check_folder(folder, model.selector, model.connector, tiling=model.tiling, every_hash=True)
+    check_folder(
+        folder, model.selector, model.connector, tiling=model.tiling, integration=model.integration, every_hash=True
+    )
     return folder
 
 

@@ -109,7 +109,10 @@ def run_rank(
     # Cheapest first: what can be wrong with the folder, the checkpoint or the data is found before weights are loaded.
     progress.enter(Phase.reading)
     start = folder.start
-    model_config = check_folder(start, config.model.selector, config.model.connector, tiling=config.model.tiling)
+    asked = config.model
+    model_config = check_folder(
+        start, asked.selector, asked.connector, tiling=asked.tiling, integration=asked.integration
+    )
     position = checkpoint.find(folder.state, resume_from(config, folder, world), world)
     resumed = checkpoint.read_state(position, world, config) if position else None
     dtype = choose_dtype(config.hardware.precision, world.device, model_config.text_config.hidden_size)

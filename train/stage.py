@@ -28,6 +28,12 @@ class PartRow:
     dtype: torch.dtype
 
 
+def parts_of(model: nn.Module) -> dict[Part, nn.Module]:
+    """The parts that the model has."""
+    modules = {part: getattr(model, part.value) for part in Part}
+    return {part: module for part, module in modules.items() if module is not None}
+
+
 def freeze(model: nn.Module, stage: StageConfig) -> None:
     """Leaves gradients on for exactly the declared parts, or their adapters, which have been put in before.
 
@@ -41,8 +47,7 @@ def freeze(model: nn.Module, stage: StageConfig) -> None:
         )  # fmt: skip
     model.requires_grad_(False)
     known: set[int] = set()
-    for part in Part:
-        module = getattr(model, part.value)
+    for part, module in parts_of(model).items():
         known |= {id(parameter) for parameter in module.parameters()}
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(part in stage.trains and (is_adapter(name) or not stage.adapts(part)))
@@ -58,8 +63,8 @@ def freeze(model: nn.Module, stage: StageConfig) -> None:
 def table(model: nn.Module, stage: StageConfig) -> list[PartRow]:
     """One row per part, counted from the model as it is now (whole tensors, also under ZeRO-3)."""
     rows = []
-    for part in Part:
-        parameters = list(getattr(model, part.value).parameters())
+    for part, module in parts_of(model).items():
+        parameters = list(module.parameters())
         sizes = [(math.prod(full_shape(parameter)), parameter.requires_grad) for parameter in parameters]
         config = stage.trains.get(part)
         rows.append(

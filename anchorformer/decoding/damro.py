@@ -37,7 +37,8 @@ class DamroConfig(DecodingConfig):
     def build(self, model: AnchorFormerForConditionalGeneration) -> Damro:
         """
         Raises:
-            UserError: no [CLS], fewer patches than outliers, a layer that was cut off, or several tiles as one view.
+            UserError: no [CLS], fewer patches than outliers, a layer that was cut off, several tiles as one view, or an
+                integration.
         """
         tower = model.vision_tower
         patches = tower.num_tokens - tower.has_cls
@@ -51,6 +52,11 @@ class DamroConfig(DecodingConfig):
             raise UserError(
                 "outlier tokens are those of a tile", found="tiling.select=image: all tiles of an image are one view",
                 expected="tiling.select=tile", remedy="decode this model greedily",
+            )  # fmt: skip
+        if model.integration is not None:
+            raise UserError(
+                "a contrast of outlier tokens alone has no counterpart where layers read every visual token",
+                found="a model with an integration", expected="integration=none", remedy="decode this model greedily",
             )  # fmt: skip
         return Damro(model, self)
 

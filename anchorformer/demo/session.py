@@ -100,6 +100,9 @@ class Session:
         if not follows_anchors(self._opened.model):
             told.append("This connector has queries of its own: its embeddings stand for no anchors, so the answer's "
                         "attention to them has no place in the image, and T and selector change nothing.")  # fmt: skip
+        if self._opened.model.integration is not None:
+            told.append("What layers see of all visual tokens beside the embeddings (the integration) is in neither "
+                        "picture.")  # fmt: skip
         if sight.cls_share is not None:
             told.append(
                 f"Of the answer's attention {sight.cls_share:.1%} went to [CLS], which has no place in the image."

@@ -114,7 +114,7 @@ def attend_flat(
     if samples * max_seqlen == positions:  # all samples equally long: the row already is the rectangle
         to_rectangle = back = None
     else:
-        to_rectangle, back = _rectangle_indices(cu_seqlens.long(), max_seqlen, positions)
+        to_rectangle, back = rectangle_indices(cu_seqlens.long(), max_seqlen, positions)
 
     def rectangle(x_1HSK: Tensor) -> Tensor:
         x_SHK = x_1HSK[0].transpose(0, 1)
@@ -289,7 +289,7 @@ def _shares_key_heads(query_BHSK: Tensor, key_BhTK: Tensor, causal: bool, mask: 
     return not (causal and query_BHSK.shape[2] != key_BhTK.shape[2])
 
 
-def _rectangle_indices(cu_seqlens: Tensor, max_seqlen: int, positions: int) -> tuple[Tensor, Tensor]:
+def rectangle_indices(cu_seqlens: Tensor, max_seqlen: int, positions: int) -> tuple[Tensor, Tensor]:
     """Where each cell of the (samples, max_seqlen) rectangle comes from, and where each position went; no host sync."""
     steps = torch.arange(max_seqlen, device=cu_seqlens.device)
     to_rectangle = (cu_seqlens[:-1, None] + steps).clamp_(max=positions - 1).flatten()

@@ -238,6 +238,9 @@ def test_what_cannot_be_decoded_so_is_refused(tiny: Case, assemble_tiny: Assembl
     joint = Case(assemble_tiny(tiling={"grids": [[2, 2]], "select": "image"}))
     with pytest.raises(UserError, match="those of a tile"):
         DAMRO.build(joint.model)
+    integration = {"_target_": "anchorformer.integrations.eram_v.EramVConfig", "layers": [1]}
+    with pytest.raises(UserError, match="layers read every visual token"):
+        DAMRO.build(Case(assemble_tiny(integration=integration)).model)
     decoding = DAMRO.build(tiny.model)
     tiles = tiny.processor.image_transform.tiles([ONE])
     with pytest.raises(UserError, match="feature cache"):

@@ -69,7 +69,7 @@ def launch_again(folder: RunFolder, **values: Any) -> None:
 def write_run(root: Path, start: Path, data: Path, name: str, trains: dict[str, Any], **changes: Any) -> RunFolder:
     """A run folder below `root` that ranks can be started on."""
     model = {"tiling": {}, **json.loads((start / "config.json").read_text())}
-    parts = {key: model[key] for key in ("selector", "connector", "tiling")}
+    parts = {key: model[key] for key in ("selector", "connector", "tiling", "integration")}
     config = run_config(
         trains,
         run=name,

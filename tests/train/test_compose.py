@@ -116,16 +116,36 @@ def test_every_folder_of_conf_is_a_group_and_every_experiment_part_belongs_to_on
     assert {path.stem for path in (CONF / "experiment" / "stage").glob("*.yaml")} <= names
 
 
-@pytest.mark.parametrize(("group", "base"), [("selector", "Selector"), ("connector", "Connector")])
+@pytest.mark.parametrize(
+    ("group", "base"), [("selector", "Selector"), ("connector", "Connector"), ("integration", "Integration")]
+)
 def test_plugin_yamls_list_every_field_of_their_class(group: str, base: str) -> None:
     # So that a misspelt field is found by comparing with the YAML, before the class is imported.
     import importlib
 
     module = importlib.import_module(f"anchorformer.{group}s.base")
-    for option in GROUPS[group]:
+    for option in (name for name in GROUPS[group] if name != "none"):
         spec = getattr(composed("stage=align", f"{group}={option}").model, group)
         plugin: Any = parse_plugin(getattr(module, f"{base}Config"), spec, module.PACKAGE, option)
         assert {field.name for field in dataclasses.fields(plugin)} == set(spec) - {TARGET}, option
+
+
+def test_an_integration_is_trained_as_the_connector_is_unless_told_otherwise() -> None:
+    for stage in STAGES:
+        trains = composed(f"stage={stage}", "integration=eram_v", "stage.trains.connector.lr=3e-4").stage.trains
+        assert trains[Part.integration] == trains[Part.connector]
+        assert trains[Part.integration].lr == 3e-4
+    own = composed("stage=align", "integration=eram_v", "stage.trains.integration.lr=5e-5").stage.trains
+    assert (own[Part.integration].lr, own[Part.connector].lr) == (5e-5, 1e-3)
+    assert Part.integration not in composed("stage=align").stage.trains
+    assert composed("stage=align", "integration=eram_v", "model.integration.layers=[3,4]").model.integration[
+        "layers"
+    ] == [3, 4]
+    for override in ("stage.trains.integration.lr=1e-3", "hardware.compile=[integration]"):
+        with pytest.raises(UserError, match="that the model does not have"):
+            composed("stage=align", override)
+    with pytest.raises(UserError, match=r"model\.integration\.layer'"):
+        composed("stage=align", "integration=eram_v", "model.integration.layer=[3]")
 
 
 def test_the_published_recipe() -> None:

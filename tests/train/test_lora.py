@@ -15,8 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 from anchorformer.errors import UserError
-from anchorformer.model_folder import read_index
+from anchorformer.model_folder import derive_folder, part_state, read_index
 from anchorformer.weights import check_folder, load_model
+from tests.anchorformer.test_eram_v import integration, opened
+from tests.conftest import Assemble
 from tests.train.cases import FINETUNE, run_config
 from tests.train.conftest import MakeRun, launch_again, write_run
 from tests.train.ranks import Ranks
@@ -140,6 +142,24 @@ def test_resumes_to_the_bit(make_run: MakeRun) -> None:
     kept = make_run("kept", RATES, **changes | {"hardware__activation_checkpointing": "off"})
     run_until(alone(), str(kept.path))
     assert record(kept) == record(whole), "layers computed twice drop the same values"
+
+
+def test_an_integration_hears_through_the_adapter_too(assemble_tiny: Assemble, tiny_data: Path, tmp_path: Path) -> None:
+    """PEFT's own reading of the adapter beside the base says what the merged weights say, with the gates open."""
+    start = assemble_tiny(integration=integration(layers=[1, 2]))
+    gates = part_state(opened(load_model(start, torch.float32)), "integration")
+    start = derive_folder(start, {"integration": gates}, tmp_path / "start")
+    rates = {**RATES, "integration": {"lr": 1e-2}}
+    run = write_run(tmp_path, start, tiny_data, "heard", rates, stage__lora=LORA, stage__max_steps=3)
+    run_until(alone(), str(run.path))
+    assert {name.split(".")[2] for name in load_file(run.adapter / adapter.WEIGHTS)} == {
+        "connector", "integration", "language_model",
+    }  # fmt: skip
+    assert not torch.equal(
+        *(tensors_of(each, "integration")["integration.projector.0.weight"] for each in (start, run.model))
+    )
+    proof = adapter.prove(run.adapter, run.start, run.model)
+    assert proof.difference <= proof.tolerance < proof.effect / 10
 
 
 def ranks_run(pair: Ranks, make_run: MakeRun, zero: int) -> None:

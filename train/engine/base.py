@@ -121,7 +121,7 @@ class Engine(abc.ABC):
     @property
     def form(self) -> Form:
         """How the state is written: whole where it is small or every process has it all anyway, else rank by rank."""
-        is_small = set(self.config.stage.whole_parts) <= {Part.connector}
+        is_small = set(self.config.stage.whole_parts) <= {Part.connector, Part.integration}
         # What DeepSpeed swaps it would save as files of its own beside the shards.
         return Form.whole if is_small or not self._is_parted or self.config.zero.uses_nvme else Form.shards
 

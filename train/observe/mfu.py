@@ -38,7 +38,9 @@ class Mfu:
     def share(self, facts: StepFacts, seconds: float) -> float:
         """Of a step that took `seconds`; recomputed activations, padding and waiting lower it."""
         work = Work(
-            positions=facts.tokens, squares=facts.squares, supervised=facts.supervised, images=facts.images
+            positions=facts.tokens, squares=facts.squares, supervised=facts.supervised, images=facts.images,
+            # As if all samples had equally many images: what looking at them pays is a small part.
+            looks=facts.tokens * facts.images / max(1, len(facts.sample_ids)),
         )  # fmt: skip
         return sum(model_flops(self.shapes, self.trains, work).values()) / (seconds * self.peak)
 
@@ -57,7 +59,7 @@ def mfu_of(model: nn.Module, trains: Collection[Part], world: World) -> Mfu | No
     try:
         shapes = shapes_of(
             config.vision_config.to_dict(), config.text_config.to_dict(), config.selector, config.connector,
-            parse_tiling(config.tiling),
+            parse_tiling(config.tiling), config.integration,
         )  # fmt: skip
     except UserError as error:
         log.info("no MFU: %s (%s)", error.what, error.found)

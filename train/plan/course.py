@@ -173,7 +173,7 @@ def checkpoint_bytes(config: RunConfig, shapes: Shapes, layout: Layout) -> dict[
     """
     stage, nodes = config.stage, config.hardware.nodes
     trained = value_counts(shapes, stage.whole_parts, stage.lora)[1]
-    if layout.zero == 0 or set(stage.whole_parts) <= {Part.connector}:
+    if layout.zero == 0 or set(stage.whole_parts) <= {Part.connector, Part.integration}:
         return {0: float(MASTER_AND_MOMENTS * trained)}
     sizes = dict.fromkeys(range(nodes), MASTER_AND_MOMENTS * trained / nodes)
     sizes[0] += layout.value_bytes * trained if layout.zero < 3 else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -44,17 +44,18 @@ class Lengths:
         works = []
         for text, images, supervised in zip(self.text, self.images, self.supervised, strict=True):
             positions = min(round(text + images * per_image), longest)
-            works.append(Work(positions=positions, squares=positions**2, supervised=supervised, images=images * tiles))
+            works.append(
+                Work(
+                    positions=positions, squares=positions**2, supervised=supervised, images=images * tiles,
+                    looks=positions * images * tiles,
+                )
+            )  # fmt: skip
         return works
 
 
 def mean(works: Sequence[Work]) -> Work:
     """Their mean; its squares are the mean of theirs."""
-    positions, squares, supervised, images = (
-        sum(getattr(work, name) for work in works) / len(works)
-        for name in ("positions", "squares", "supervised", "images")
-    )
-    return Work(positions=positions, squares=squares, supervised=supervised, images=images)
+    return Work(**{field.name: sum(getattr(work, field.name) for work in works) / len(works) for field in fields(Work)})
 
 
 def read_lengths(path: Path) -> Lengths:

@@ -18,12 +18,15 @@ class Work:
         squares: sum over the samples of their positions squared, which is what attention pays for.
         supervised: positions whose next token is a target.
         images: tiles through vision tower and connector.
+        looks: sum over the samples of their positions times their tiles, which is what looking at all visual tokens
+            pays for; only an integration does.
     """
 
     positions: float
     squares: float
     supervised: float
     images: float
+    looks: float = 0.0
 
     @classmethod
     def of_sample(
@@ -32,7 +35,9 @@ class Work:
         """One sample of `text` positions that are not images; where no `tiles` are said, each has the most."""
         tiles = images * (shapes.tiles if tiles is None else tiles)
         positions = text + (images if shapes.view > 1 else tiles) * shapes.connector.queries
-        return cls(positions=positions, squares=positions**2, supervised=supervised, images=tiles)
+        return cls(
+            positions=positions, squares=positions**2, supervised=supervised, images=tiles, looks=positions * tiles
+        )  # fmt: skip
 
 
 def model_flops(shapes: Shapes, trains: Collection[Part], work: Work) -> dict[Part, float]:
@@ -44,12 +49,12 @@ def model_flops(shapes: Shapes, trains: Collection[Part], work: Work) -> dict[Pa
     the accounting of PaLM's appendix B, arXiv 2204.02311.
     """
     sees, connects, speaks = (part in trains for part in (Part.vision_tower, Part.connector, Part.language_model))
-    forward = forward_flops(shapes, work)
-    return {
-        Part.vision_tower: forward[Part.vision_tower] * (3 if sees else 1),
-        Part.connector: forward[Part.connector] * (1 + connects + (connects or sees)),
-        Part.language_model: forward[Part.language_model] * (2 + speaks),
-    }
+    integrates = Part.integration in trains
+    times = {
+        Part.vision_tower: 3 if sees else 1, Part.connector: 1 + connects + (connects or sees),
+        Part.integration: 1 + integrates + (integrates or sees), Part.language_model: 2 + speaks,
+    }  # fmt: skip
+    return {part: times[part] * flops for part, flops in forward_flops(shapes, work).items()}
 
 
 def recomputed_flops(shapes: Shapes, work: Work) -> float:
@@ -58,14 +63,14 @@ def recomputed_flops(shapes: Shapes, work: Work) -> float:
 
 
 def forward_flops(shapes: Shapes, work: Work) -> dict[Part, float]:
-    """Forward alone, per part."""
-    vision, text = shapes.vision, shapes.text
-    return {
-        Part.vision_tower: work.images * _image(vision),
-        Part.connector: work.images / shapes.view * shapes.connector.flops,
-        Part.language_model: text.layers * (2 * text.matrices * work.positions + 2 * text.query * work.squares)
-        + _head(text, work.supervised),
-    }
+    """Forward alone, per part that the model has; looking at visual tokens is the language model's."""
+    vision, text, views = shapes.vision, shapes.text, work.images / shapes.view
+    forward = {Part.vision_tower: work.images * _image(vision), Part.connector: views * shapes.connector.flops}
+    layers = text.layers * (2 * text.matrices * work.positions + 2 * text.query * work.squares)
+    if shapes.integration is not None:
+        forward[Part.integration] = views * shapes.integration.flops
+        layers += shapes.integration.looking(text, work.positions, views, work.looks / shapes.view)
+    return {**forward, Part.language_model: layers + _head(text, work.supervised)}
 
 
 def _image(vision: VisionShape) -> float:

@@ -206,6 +206,12 @@ def _activations(
     # The last norm's input, and the supervised rows that the head reads.
     exit_ = entrance if layout.lean else norm_input(text.width, size) * batch.positions
     kept = (text.layers * entrance + layer if layout.checkpointing else text.layers * layer) + exit_
+    integration, views = shapes.integration, batch.images / shapes.view
+    if integration is not None:
+        looking = integration.kept(text, size, batch.positions, views, trained=Part.language_model in trains)
+        kept += looking if layout.checkpointing else integration.layers * looking
+        # What is injected, at every position, is kept once.
+        kept += entrance + size * integration.values * views
     kept += size * text.width * batch.supervised
     if Part.connector in trains or Part.vision_tower in trains:
         kept += shapes.connector.kept(size) * batch.images / shapes.view

@@ -13,6 +13,7 @@ from anchorformer.schema import TARGET
 from anchorformer.tiling import UNTILED, Tiling
 from train.config import Part, RunConfig
 from train.plan.connectors import ConnectorShape, Surroundings, connector_shape
+from train.plan.integrations import IntegrationShape, integration_shape
 from train.plan.spec import field_of, row_of
 
 _VIT = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224}
@@ -116,28 +117,31 @@ class Shapes:
     text: TextShape
     tiles: int = 1
     view: int = 1
+    integration: IntegrationShape | None = None
 
     @property
     def parameters(self) -> dict[Part, int]:
-        """Per part."""
+        """Per part that the model has."""
+        integration = {} if self.integration is None else {Part.integration: self.integration.parameters}
         return {
             Part.vision_tower: self.vision.parameters,
             Part.connector: self.connector.parameters,
+            **integration,
             Part.language_model: self.text.parameters,
         }
 
 
 def shapes_of(
     vision: Mapping[str, Any], text: Mapping[str, Any], selector: Mapping[str, Any], connector: Mapping[str, Any],
-    tiling: Tiling = UNTILED,
+    tiling: Tiling = UNTILED, integration: Mapping[str, Any] | None = None,
 ) -> Shapes:  # fmt: skip
     """
     Args:
         vision, text: the backbones' config.json; of a two-tower model the half that sees is taken.
-        selector, connector: plug-in mappings with all of their fields.
+        selector, connector, integration: plug-in mappings with all of their fields.
 
     Raises:
-        UserError: a family, selector or connector whose cost is not written down here.
+        UserError: a family, selector, connector or integration whose cost is not written down here.
     """
     read = [field_of(selector, "selector", name) for name in ("layer", *_LAYERS.get(str(selector.get(TARGET)), ()))]
     is_whole = selector.get(TARGET) in _WHOLE_TOWER
@@ -151,8 +155,9 @@ def shapes_of(
         vision=tower.width, text=language_model.width,
     )  # fmt: skip
     return Shapes(
-        vision=tower, connector=connector_shape(connector, around), text=language_model, tiles=tiles, view=view
-    )
+        vision=tower, connector=connector_shape(connector, around), text=language_model, tiles=tiles, view=view,
+        integration=None if integration is None else integration_shape(integration, around),
+    )  # fmt: skip
 
 
 def read_shapes(config: RunConfig) -> Shapes:
@@ -168,7 +173,7 @@ def read_shapes(config: RunConfig) -> Shapes:
         vision, text = start["vision_config"], start["text_config"]
     else:
         vision, text = (_backbone(name, model.published) for name in (model.vision, model.language_model))
-    return shapes_of(vision, text, model.selector, model.connector, model.tiling)
+    return shapes_of(vision, text, model.selector, model.connector, model.tiling, model.integration)
 
 
 def _start(config: RunConfig) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ def row_of(spec: Mapping[str, Any], what: str, rows: Mapping[str, Row]) -> Row:
     """The entry of a plug-in's class path.
 
     Args:
-        what: `selector` or `connector`, for the message.
+        what: `selector`, `connector` or `integration`, for the message.
 
     Raises:
         UserError: the plan does not know the plug-in.
@@ -24,7 +24,7 @@ def row_of(spec: Mapping[str, Any], what: str, rows: Mapping[str, Row]) -> Row:
     if target not in rows:
         raise UserError(
             f"the plan does not know what this {what} costs", found=target, expected=f"one of {sorted(rows)}",
-            remedy=f"add its row to train/plan/{'connectors' if what == 'connector' else 'shapes'}.py, "
+            remedy=f"add its row to train/plan/{'shapes' if what == 'selector' else f'{what}s'}.py, "
             "or run unplanned: hardware.card=null",
         )  # fmt: skip
     return rows[target]
