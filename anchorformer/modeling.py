@@ -28,7 +28,7 @@ from anchorformer.vision import VisionTower
 
 
 class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
-    """Answers in text about images, seen through a fixed number of visual anchors.
+    """Answers in text about images, seen through visual anchors.
 
     `forward` takes one of two forms, never both:
 
@@ -67,7 +67,8 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.tiling = parse_tiling(config.tiling)
         shape = tower.num_tokens, tower.num_heads, tower.has_cls
         self.num_image_tokens = embeddings_per_view(self.tiling, selector, connector, *shape)
-        """Embeddings, and so placeholders, per view: a tile, or with `tiling.select=image` an image."""
+        """Embeddings, and so placeholders, per view: a tile, or with `tiling.select=image` an image. None where that
+        depends on what a tile shows, so that images have to be looked at before text is laid out."""
         self.selector = build_selector(self.tiling, selector, *shape)
         self.connector = connector.build(tower.width, config.text_config.hidden_size)
         self.language_model = AutoModelForCausalLM.from_config(
@@ -100,7 +101,7 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """
         Args:
-            input_ids: (1, S) flat or (B, L) padded; a view stands as `num_image_tokens` placeholders.
+            input_ids: (1, S) flat or (B, L) padded; a view stands as one placeholder per embedding.
             attention_mask: padded form only, (B, L), 1 at real positions.
             position_ids: like `input_ids`; restarting with each sample in the flat form.
             pixel_values: (tiles, 3, H, W) in order of their placeholders; uint8 is normalised here, floats are taken
@@ -149,7 +150,8 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self, pixel_values: Tensor, tile_counts: Sequence[int] | None = None,
         features: VisionFeatures | None = None,
     ) -> Tensor:  # fmt: skip
-        """Visual embeddings of tiles (B, 3, H, W): (views, num_image_tokens, D), D the language model's width.
+        """Visual embeddings of tiles (B, 3, H, W): (views, num_image_tokens, D), D the language model's width; end to
+        end (R, D) where views have different numbers of them.
 
         Args:
             features: of these tiles, where they are known already.
@@ -157,6 +159,15 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises:
             UserError: the tiles of the images do not add up to B.
         """
+        rows_RD, counts = self.encode_views(pixel_values, tile_counts, features)
+        fixed = self.num_image_tokens
+        return rows_RD if fixed is None else rows_RD.view(len(counts), fixed, rows_RD.shape[-1])
+
+    def encode_views(
+        self, pixel_values: Tensor, tile_counts: Sequence[int] | None = None,
+        features: VisionFeatures | None = None,
+    ) -> tuple[Tensor, tuple[int, ...]]:  # fmt: skip
+        """`encode_images` end to end, (R, D), and how many embeddings each view has; they add up to R."""
         counts = self._tile_counts(pixel_values.shape[0], tile_counts)
         if features is None:
             if pixel_values.dtype == torch.uint8:
@@ -164,7 +175,11 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
             features = self.vision_tower(pixel_values)
         if self.tiling.spans_tiles:
             features = join_tiles(features, counts)
-        return self.connector(self.selector(features), features)
+        anchors = self.selector(features)
+        embeds_XTD = self.connector(anchors, features)
+        if anchors.sizes is None:
+            return embeds_XTD.flatten(0, 1), (embeds_XTD.shape[1],) * embeds_XTD.shape[0]
+        return torch.cat([row[:size] for row, size in zip(embeds_XTD, anchors.sizes, strict=True)]), anchors.sizes
 
     def _tile_counts(self, tiles: int, given: Sequence[int] | None) -> Sequence[int]:
         if given is None and len(self.tiling.counts) == 1:
@@ -200,7 +215,7 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
             side, tiles = self.vision_tower.image_size, self.tiling.counts[0]
             blank = torch.zeros(tiles, 3, side, side, dtype=torch.uint8, device=embeds_BSD.device)
             if features is not None:  # and a rank with images does not run the tower either
-                features = features.map(lambda x: x.new_zeros(tiles, *x.shape[1:]))
+                features = features.blank(tiles)
             embeds_BSD = embeds_BSD + (0.0 * self.encode_images(blank, [tiles], features)).sum().to(embeds_BSD.dtype)
         return fuse(embeds_BSD, input_ids, embeds_BSD.new_zeros(0, 1, embeds_BSD.shape[-1]), self.image_token_id)
 
@@ -222,14 +237,14 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         images = {name: kwargs.pop(name, None) for name in ("pixel_values", "tile_counts", "vision_features")}
         if expand_size > 1 and input_ids is not None:
-            embeds_XTD = kwargs.pop("image_embeds", None)
+            embeds = kwargs.pop("image_embeds", None)
             if images["pixel_values"] is not None and len(images["pixel_values"]):
-                embeds_XTD, images = self.encode_images(*images.values()), {}
-            if embeds_XTD is not None:
-                mask_BS = input_ids == self.image_token_id
-                check_counts(mask_BS, embeds_XTD)
-                rows = embeds_XTD.split((mask_BS.sum(1) // embeds_XTD.shape[1]).tolist())
-                images["image_embeds"] = torch.cat([row.repeat(expand_size, 1, 1) for row in rows])
+                embeds, images = self.encode_images(*images.values()), {}
+            if embeds is not None:
+                mask_BS, embeds_RD = input_ids == self.image_token_id, embeds.flatten(0, -2)
+                check_counts(mask_BS, len(embeds_RD))
+                rows = embeds_RD.split(mask_BS.sum(1).tolist())
+                images["image_embeds"] = torch.cat([row.repeat(expand_size, 1) for row in rows])
         expanded: tuple[Tensor, dict[str, Any]] = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **kwargs
         )

@@ -3,18 +3,58 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
 from transformers import DynamicCache
 
+from anchorformer.contracts import VisionFeatures
 from anchorformer.modeling import AnchorFormerForConditionalGeneration
 from anchorformer.processing import AnchorFormerProcessor
 from anchorformer.writer import Turns
+
+
+class Look(NamedTuple):
+    """What the model has seen of one image.
+
+    Attributes:
+        rows_RD: visual embeddings of all of its views, end to end.
+        counts: how many each view has; they add up to R.
+    """
+
+    rows_RD: Tensor
+    counts: tuple[int, ...]
+
+
+@torch.no_grad()
+def look(
+    model: AnchorFormerForConditionalGeneration, processor: AnchorFormerProcessor, images: Sequence[Image.Image],
+    features: Callable[[Tensor], VisionFeatures] | None = None,
+) -> list[Look]:  # fmt: skip
+    """Looks at all images at once; what comes of them goes to the processor as `token_counts`, and to the model as
+    `image_embeds`.
+
+    Args:
+        features: says of uint8 tiles what the vision tower would; None runs it.
+
+    Raises:
+        UserError: an image that is too large.
+    """
+    if not images:
+        return []
+    transform, device = processor.image_transform, model.device
+    tiles_B3HW, tile_counts = transform.tiles(images), [transform.count(image.size) for image in images]
+    known = None if features is None else features(tiles_B3HW).map(lambda tensor: tensor.to(device))
+    rows_RD, counts = model.encode_views(tiles_B3HW.to(device), tile_counts, known)
+    left = iter(counts)
+    own = [tuple(next(left) for _ in range(transform.tiling.views(tiles))) for tiles in tile_counts]
+    return [Look(*pair) for pair in zip(rows_RD.split([sum(each) for each in own]), own, strict=True)]
 
 
 class Seen:
@@ -42,15 +82,27 @@ class Seen:
         self._cache = DynamicCache()
 
     @cached_property
-    @torch.no_grad()
+    def looks(self) -> list[Look]:
+        """Each image as the model has seen it, all of them at once; made at first use."""
+        return look(self._model, self._processor, self.images)
+
+    @property
     def image_embeds(self) -> Tensor:
-        """(views, T, D), for `generate` and `forward` of any batch that shows these images; made at first use."""
-        transform = self._processor.image_transform
-        if not self.images:
-            return torch.empty(0, self._processor.num_image_tokens, self._model.config.text_config.hidden_size)
-        counts = [transform.count(image.size) for image in self.images]
-        embeds: Tensor = self._model.encode_images(transform.tiles(self.images).to(self._model.device), counts)
-        return embeds
+        """(views, T, D), for `generate` and `forward` of any batch that shows these images; end to end (R, D) where
+        views have different numbers of embeddings."""
+        rows_RD, fixed = self._rows, self._processor.num_image_tokens
+        return rows_RD if fixed is None else rows_RD.view(len(rows_RD) // fixed, fixed, rows_RD.shape[-1])
+
+    @property
+    def token_counts(self) -> list[tuple[int, ...]] | None:
+        """What the processor has to be told of these images; where it knows, they are not looked at for that."""
+        return [each.counts for each in self.looks] if self._processor.needs_token_counts else None
+
+    @property
+    def _rows(self) -> Tensor:
+        if not self.looks:
+            return torch.empty(0, self._model.config.text_config.hidden_size)
+        return torch.cat([each.rows_RD for each in self.looks])
 
     def generate(self, turns: Turns, **settings: Any) -> Tensor:
         """Ids (S,) of the answer, the stop among them once it is there.
@@ -62,13 +114,13 @@ class Seen:
         Raises:
             UserError: placeholders and images that do not match, or nothing is asked.
         """
-        ids_S = self._processor.prompt(turns, self.images)
-        ids_BS = ids_S[None].to(self._model.device)
         with self._asking:
+            ids_S = self._processor.prompt(turns, self.images, token_counts=self.token_counts)
+            ids_BS = ids_S[None].to(self._model.device)
             cache, known = self._take(ids_S)
-            views = self._count_images(ids_S[:known]) // self._processor.num_image_tokens
+            rows_RD = self._rows[self._count_images(ids_S[:known]) :]
             read_S: Tensor = self._model.generate(
-                input_ids=ids_BS, attention_mask=torch.ones_like(ids_BS), image_embeds=self.image_embeds[views:],
+                input_ids=ids_BS, attention_mask=torch.ones_like(ids_BS), image_embeds=rows_RD,
                 past_key_values=cache, use_cache=True, num_beams=1, num_return_sequences=1,
                 eos_token_id=self._processor.stop_token_ids, **settings,
             )[0].cpu()  # fmt: skip
@@ -86,7 +138,9 @@ class Seen:
         most = min(len(read_S), len(ids_S) - 1)  # the last position is read anew: its logits give the first token
         differs = (read_S[:most] != ids_S[:most]).nonzero()
         known = int(differs[0]) if len(differs) else most
-        known -= self._count_images(ids_S[:known]) % self._processor.num_image_tokens  # no part of an image
+        ends = [0, *accumulate(count for each in self.looks for count in each.counts)]
+        positions = self._count_images(ids_S[:known])
+        known -= positions - ends[bisect_right(ends, positions) - 1]  # no part of a view
         if known < len(read_S):
             cache.crop(known - len(read_S))
         return cache, known

@@ -24,15 +24,17 @@ from anchorformer.tiling import Tiling
 
 def embeddings_per_view(
     tiling: Tiling, selector: SelectorConfig, connector: ConnectorConfig, num_tokens: int, num_heads: int, has_cls: bool
-) -> int:  # fmt: skip
-    """Embeddings of a tile, or where all tiles of an image are one view, of an image.
+) -> int | None:  # fmt: skip
+    """Embeddings of a tile, or where all tiles of an image are one view, of an image; None where it depends on what the
+    tile shows.
 
     Args:
         num_tokens, num_heads, has_cls: of the tower, for one tile.
 
     Raises:
         UserError: a selector or connector that needs the raster of a single tile, one whose number of embeddings
-            depends on the number of tiles; and what their `count` raises.
+            depends on the number of tiles, a connector that cannot serve a ragged selector; and what their `count`
+            raises.
     """
     for kind, part in (("selector", selector), ("connector", connector)):
         if tiling.spans_tiles and not part.spans_tiles:
@@ -42,6 +44,10 @@ def embeddings_per_view(
                 expected=f"tiling.select=tile, or a {kind} that needs no raster of patches and no learned places",
                 remedy="set model.tiling.select=tile",
             )  # fmt: skip
+    if selector.ragged:
+        selector.count(num_tokens, num_heads, has_cls)
+        _check_ragged(selector, connector)
+        return None
     counts = {
         tokens: connector.count(tokens, selector.count(tokens, num_heads, has_cls), has_cls)
         for tokens in view_sizes(tiling, num_tokens, has_cls)
@@ -53,6 +59,17 @@ def embeddings_per_view(
             remedy="set model.tiling.select=tile, choose a selector with num_anchors, or a tiling of one grid",
         )  # fmt: skip
     return next(iter(counts.values()))
+
+
+def _check_ragged(selector: SelectorConfig, connector: ConnectorConfig) -> None:
+    if not connector.maps_each:
+        names = [type(part).__module__.rpartition(".")[2] for part in (selector, connector)]
+        raise UserError(
+            f"connector '{names[1]}' does not map each anchor by itself",
+            found=f"selector '{names[0]}', whose images have different numbers of anchors",
+            expected="a connector that makes one embedding of each: anchor_former, identity or mlp",
+            remedy="choose one of these, or a selector with num_anchors",
+        )  # fmt: skip
 
 
 def view_sizes(tiling: Tiling, num_tokens: int, has_cls: bool) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from anchorformer.model_folder import MANIFEST, sha256
 from anchorformer.modeling import AnchorFormerForConditionalGeneration
 from anchorformer.processing import AnchorFormerProcessor
 from anchorformer.schema import to_plain
+from anchorformer.seen import Look, look
 from anchorformer.weights import check_folder, load_model
 from data.collate import collate
 from data.config import OnBad
@@ -31,6 +32,9 @@ from data.images import load as load_image
 from data.record import ImageRef
 from evals.config import Device, EvalConfig, Precision
 from evals.questions import Question
+
+MEASURED = 64
+"""Images that tell how many visual tokens one has, where that depends on what it shows."""
 
 
 class ModelRespondent:
@@ -68,14 +72,20 @@ class ModelRespondent:
         texts: list[str] = []
         for chunk in self._chunks(questions, "answering"):
             images = _opened(chunk)
-            inputs = self._processor(
-                [[images[ref] for ref in item.images] for item in chunk], conversations=[item.turns for item in chunk]
-            )
-            tiles_B3HW, counts = inputs.pop("pixel_values", None), inputs.pop("tile_counts", None)
-            inputs = inputs.to(self._model.device)
+            looks = self._look(images)
+            rows = [
+                self._processor.prompt(
+                    item.turns,
+                    [images[ref] for ref in item.images],
+                    sample_id=item.id,
+                    token_counts=[looks[ref].counts for ref in item.images],
+                )
+                for item in chunk
+            ]
+            inputs = self._processor.pad(rows).to(self._model.device)
             ids_BL = self._model.generate(
                 **inputs,
-                image_embeds=self._embeds(chunk, tiles_B3HW, counts),
+                image_embeds=_embeds(chunk, looks),
                 do_sample=False,
                 max_new_tokens=max_new_tokens,
                 eos_token_id=self._processor.stop_token_ids,
@@ -91,23 +101,23 @@ class ModelRespondent:
         losses: list[tuple[float, int]] = []
         for chunk in self._chunks(questions, "reading"):
             images = _opened(chunk)
+            looks = self._look(images)
             examples = [
                 self._processor.encode(
                     [*item.turns, ("assistant", item.references[0])],
                     [images[ref] for ref in item.images],
                     sample_id=item.id,
+                    token_counts=[looks[ref].counts for ref in item.images],
                 )
                 for item in chunk
             ]
-            batch = collate(examples)
-            embeds_XTD = self._embeds(chunk, batch.tiles_B3HW, batch.tile_counts)
-            batch = batch.to(self._model.device)
+            batch = collate(examples).to(self._model.device)
             logits_QD = self._model(
                 input_ids=batch.input_ids_S[None],
                 position_ids=batch.position_ids_S[None],
                 cu_seqlens=batch.cu_seqlens,
                 max_seqlen=batch.max_seqlen,
-                image_embeds=embeds_XTD,
+                image_embeds=_embeds(chunk, looks),
                 logits_to_keep=batch.predict_index_Q,
             ).logits[0]
             nll_Q = cross_entropy(logits_QD.float(), batch.targets_Q, reduction="none").double()
@@ -116,27 +126,21 @@ class ModelRespondent:
             losses += zip(sums.tolist(), sample_Q.bincount(minlength=len(chunk)).tolist(), strict=True)
         return losses
 
-    def _embeds(
-        self, questions: Sequence[Question], tiles_B3HW: Tensor | None, tile_counts: Sequence[int] | None
-    ) -> Tensor | None:
-        """Visual embeddings (X, T, D) of the questions' images, in their order; None where there are none.
+    def tokens_per_image(self, questions: Sequence[Question]) -> int | None:
+        """Visual tokens of an image, the mean of at most MEASURED that are spread evenly over the questions; None where
+        no question has one."""
+        refs = [*dict.fromkeys(ref for item in questions for ref in item.images)]
+        spread = [refs[place * len(refs) // MEASURED] for place in range(MEASURED)] if len(refs) > MEASURED else refs
+        counts: list[int] = []
+        for start in range(0, len(spread), self._batch_size):
+            looks = self._look({ref: load_image(ref) for ref in spread[start : start + self._batch_size]})
+            counts += [sum(each.counts) for each in looks.values()]
+        return round(sum(counts) / len(counts)) if counts else None
 
-        Args:
-            tiles_B3HW: of these images.
-            tile_counts: tiles of each image; one each where they are left out.
-        """
-        refs = [ref for item in questions for ref in item.images]
-        if not refs or tiles_B3HW is None:
-            return None
-        tiles_of = dict(zip(refs, tiles_B3HW.split(list(tile_counts or [1] * len(refs))), strict=True))
-        distinct_B3HW, counts = torch.cat([*tiles_of.values()]), [len(tiles) for tiles in tiles_of.values()]
-        device, features = self._model.device, None
-        if self._features is not None:
-            features = self._features.read(distinct_B3HW).map(lambda tensor: tensor.to(device))
-        embeds_XTD = self._model.encode_images(distinct_B3HW.to(device), counts, features)
-        views = [self._model.tiling.views(count) for count in counts]
-        embeds_of = dict(zip(tiles_of, embeds_XTD.split(views), strict=True))
-        return torch.cat([embeds_of[ref] for ref in refs])
+    def _look(self, images: Mapping[ImageRef, Image.Image]) -> dict[ImageRef, Look]:
+        """What the model sees of each image, all of them looked at together."""
+        features = None if self._features is None else self._features.read
+        return dict(zip(images, look(self._model, self._processor, [*images.values()], features), strict=True))
 
     def _chunks(self, questions: Sequence[Question], verb: str) -> Iterator[Sequence[Question]]:
         one = len(questions) <= self._batch_size  # whoever asks batch by batch shows how far that is
@@ -145,6 +149,12 @@ class ModelRespondent:
                 chunk = questions[start : start + self._batch_size]
                 yield chunk
                 progress.update(len(chunk))
+
+
+def _embeds(questions: Sequence[Question], looks: Mapping[ImageRef, Look]) -> Tensor | None:
+    """Visual embeddings (R, D) of the questions' images, in their order; None where there are none."""
+    rows = [looks[ref].rows_RD for item in questions for ref in item.images]
+    return torch.cat(rows) if rows else None
 
 
 def _opened(questions: Sequence[Question]) -> dict[ImageRef, Image.Image]:
@@ -179,11 +189,12 @@ def load(folder: Path, config: EvalConfig, questions: Sequence[Question] = ()) -
             features, questions, range(len(questions)), processor.image_transform,
             made_of=images_digest(questions, processor.image_transform), on_bad_image=OnBad.error,
         )  # fmt: skip
-    facts = {
+    respondent = ModelRespondent(model, processor, config.batch_size, {}, features=features)
+    respondent.facts = {
         "model": str(folder),
         "model_sha256": sha256(folder / MANIFEST),
         "template": processor.template,
-        **_visual(processor),
+        **_visual(processor, respondent, questions),
         "precision": precision.value,
         "vision_features": "live" if features is None else "cached",  # which took no time then
         "machine": machine(device),
@@ -193,15 +204,20 @@ def load(folder: Path, config: EvalConfig, questions: Sequence[Question] = ()) -
             **{name: version(name) for name in ("anchorformer", "torch", "transformers")},
         },
     }
-    return ModelRespondent(model, processor, config.batch_size, facts, features=features)
+    return respondent
 
 
-def _visual(processor: AnchorFormerProcessor) -> dict[str, Any]:
-    """What the language model sees of an image: of one with the most tiles, where they depend on its size."""
-    transform = processor.image_transform
+def _visual(
+    processor: AnchorFormerProcessor, respondent: ModelRespondent, questions: Sequence[Question]
+) -> dict[str, Any]:
+    """What the language model sees of an image: of one with the most tiles, where they depend on its size; where they
+    depend on what it shows, the mean of some of those that are asked about."""
+    transform, fixed = processor.image_transform, processor.num_image_tokens
     tiling = transform.tiling
     return {
-        "visual_tokens_per_image": processor.num_image_tokens * tiling.views(max(tiling.counts)),
+        "visual_tokens_per_image": respondent.tokens_per_image(questions)
+        if fixed is None
+        else fixed * tiling.views(max(tiling.counts)),
         "image_size": transform.image_size,
         **({"tiling": to_plain(tiling)} if tiling.grids else {}),
     }

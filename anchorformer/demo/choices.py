@@ -22,7 +22,7 @@ BUDGETS = ("num_anchors", "window")
 """Fields of which one decides how many anchors a selector gives."""
 
 Choices = dict[str, dict[int, SelectorConfig]]
-"""Name of a selector -> every T that it can give -> its config."""
+"""Name of a selector -> every T that it can give -> its config; the largest T alone where the image decides."""
 
 
 def choices(model: AnchorFormerForConditionalGeneration) -> Choices:
@@ -38,13 +38,13 @@ def choices(model: AnchorFormerForConditionalGeneration) -> Choices:
         spec = read_selector([f"selector={info.name}", f"selector.layer={own.layer}"])
         config = parse_plugin(SelectorConfig, spec, selectors.__name__, info.name)
         config = own if type(own) is type(config) else config
-        if _is_served(config, model.vision_tower) and (by_count := _by_count(config, model)):
+        if _is_served(config, model) and (by_count := _by_count(config, model)):
             found[info.name] = by_count
     return found
 
 
 def trained_with(model: AnchorFormerForConditionalGeneration) -> tuple[str, int]:
-    """Name and T of the model's own selector."""
+    """Name and T of the model's own selector; T is the largest where images have different numbers of anchors."""
     own, _ = parse_parts(model.config.selector, model.config.connector)
     return type(own).__module__.rpartition(".")[2], _count(own, model)
 
@@ -78,8 +78,13 @@ def nearest(counts: dict[int, Any], wanted: int) -> int:
     return min(counts, key=lambda count: (abs(count - wanted), count))
 
 
-def _is_served(config: SelectorConfig, tower: VisionTower) -> bool:
-    return (tower.has_cls or not config.needs_cls) and (tower.needs.final or not config.needs.final)
+def _is_served(config: SelectorConfig, model: AnchorFormerForConditionalGeneration) -> bool:
+    tower = model.vision_tower
+    if (config.needs_cls and not tower.has_cls) or (config.needs.final and not tower.needs.final):
+        return False
+    whole = model.config.vision_config.num_hidden_layers  # of which the folder may hold fewer
+    counted = {layer if layer >= 0 else whole + 1 + layer for layer in config.needs.qk}
+    return len(counted) == len(config.needs.qk) and all(1 <= layer <= tower.num_layers for layer in counted)
 
 
 def _by_count(config: SelectorConfig, model: AnchorFormerForConditionalGeneration) -> dict[int, SelectorConfig]:
@@ -103,7 +108,7 @@ def _count(config: SelectorConfig, model: AnchorFormerForConditionalGeneration) 
     return config.count(tokens, tower.num_heads, tower.has_cls)
 
 
-def _embeddings(config: SelectorConfig, model: AnchorFormerForConditionalGeneration) -> int:
+def _embeddings(config: SelectorConfig, model: AnchorFormerForConditionalGeneration) -> int | None:
     tower = model.vision_tower
     _, connector = parse_parts(model.config.selector, model.config.connector)
     return embeddings_per_view(model.tiling, config, connector, tower.num_tokens, tower.num_heads, tower.has_cls)
