@@ -27,7 +27,9 @@ from tests.train.cases import ALIGN, EVERYTHING, FINETUNE
 from tests.train.conftest import write_run
 from tests.train.ranks import Ranks
 from tests.train.test_feature_cache import cached_run, losses, with_cache
+from tests.train.test_observe import MIX, TASKS, lines
 from tests.train.test_resume import record, run_until
+from train import rank
 from train.config import Part, PartConfig
 from train.distributed import alone
 from train.features import fill_cache, own_cache
@@ -252,6 +254,21 @@ def test_a_resumed_run_goes_on_as_it_was(make: Any) -> None:
     assert not broken.done.exists()
     run_until(alone(), str(broken.path))
     assert record(broken) == record(whole)
+
+
+def test_watching_looks_first(make: Any) -> None:
+    """Validation and the anchors' health, of a model that looks by itself."""
+    task = TASKS["mix"] | {"source": MIX}
+    shown = {"eval__every": 2, "eval__tasks": {"mix": task}, "eval__limit": 4, "eval__batch_size": 3,
+             "health__every": 2, "health__images": 3, "health__max_new_tokens": 3}  # fmt: skip
+    plain, watched = make("plain", stage__max_steps=2), make("watched", stage__max_steps=2, **shown)
+    for run in (plain, watched):
+        rank.run_rank(run.read_config(), run, alone())
+    assert losses(plain) == losses(watched)
+    (look_of,) = lines(watched.health)
+    assert look_of["images"] == 3
+    assert all(0 < look_of[name] <= 1 for name in ("coverage", "patches_used", "connector_entropy"))
+    assert lines(watched.evals)[0]["loss"] > 0
 
 
 @pytest.mark.slow

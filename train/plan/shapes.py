@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,8 @@ class Shapes:
     Attributes:
         tiles: most that an image is cut into.
         view: tiles that the connector looks at together, at most; its costs are those of one such view.
+        most_anchors: of a view, where the image decides how many it has: an expected number is planned with. None:
+            every view has as many.
     """
 
     vision: VisionShape
@@ -116,6 +118,7 @@ class Shapes:
     text: TextShape
     tiles: int = 1
     view: int = 1
+    most_anchors: int | None = None
 
     @property
     def parameters(self) -> dict[Part, int]:
@@ -139,8 +142,9 @@ def shapes_of(
     Raises:
         UserError: a family, selector or connector whose cost is not written down here.
     """
-    layer, is_whole = field_of(selector, "selector", "layer"), selector.get(TARGET) in _WHOLE_TOWER
-    tower = _vision(vision.get("vision_config") or vision, layer, is_whole)
+    target, is_whole = str(selector.get(TARGET)), selector.get(TARGET) in _WHOLE_TOWER
+    read = [field_of(selector, "selector", name) for name in ("layer", *_ALSO_READ.get(target, ()))]
+    tower = _vision(vision.get("vision_config") or vision, read, is_whole)
     language_model = _text(text)
     tiles = max(tiling.counts)
     view = tiles if tiling.spans_tiles else 1
@@ -150,8 +154,9 @@ def shapes_of(
         vision=tower.width, text=language_model.width,
     )  # fmt: skip
     return Shapes(
-        vision=tower, connector=connector_shape(connector, around), text=language_model, tiles=tiles, view=view
-    )
+        vision=tower, connector=connector_shape(connector, around), text=language_model, tiles=tiles, view=view,
+        most_anchors=tower.patches if target in _RAGGED else None,
+    )  # fmt: skip
 
 
 def read_shapes(config: RunConfig) -> Shapes:
@@ -215,7 +220,8 @@ def _config_file(name: str) -> Path | None:
     return Path(cached) if isinstance(cached, str) else None
 
 
-def _vision(config: Mapping[str, Any], layer: int, is_whole: bool) -> VisionShape:
+def _vision(config: Mapping[str, Any], read: Sequence[int], is_whole: bool) -> VisionShape:
+    """The blocks up to the deepest of the layers that are read, or all of them."""
     family, get = _family(config, VISION_DEFAULTS, "vision tower")
     width, patch, is_dino = get("hidden_size"), get("patch_size"), family.startswith("dinov2")
     inner = int(width * get("mlp_ratio")) if is_dino else get("intermediate_size")
@@ -224,8 +230,8 @@ def _vision(config: Mapping[str, Any], layer: int, is_whole: bool) -> VisionShap
             "the plan knows no gated feed-forward in a vision tower", found="use_swiglu_ffn", expected="a plain one",
             remedy="choose another vision tower, or run unplanned: hardware.card=null",
         )  # fmt: skip
-    layer = -1 if is_whole else layer
-    layers = layer if layer >= 0 else get("num_hidden_layers") + 1 + layer
+    whole = get("num_hidden_layers")
+    layers = whole if is_whole else max(layer if layer >= 0 else whole + 1 + layer for layer in read)
     has_cls = family != "siglip_vision_model"
     prefix = has_cls + (get("num_register_tokens") if family == "dinov2_with_registers" else 0)
     patches = (get("image_size") // patch) ** 2
@@ -282,10 +288,16 @@ def _family(
 
 _WHOLE_TOWER = ("anchorformer.selectors.cls_similarity.ClsSimilaritySelectorConfig",)
 """Selectors for which every block runs."""
+_CORRELATION = "anchorformer.selectors.correlation.CorrelationSelectorConfig"
+_ALSO_READ = {_CORRELATION: ("low_layer", "deep_layer")}
+"""Fields that name layers which are read beside `layer`."""
+_RAGGED = (_CORRELATION,)
+"""Selectors of which images have different numbers of anchors; `_SELECTORS` says what is expected."""
 _SELECTORS: dict[str, Callable[[Mapping[str, Any], VisionShape], int]] = {
     "anchorformer.selectors.all.AllSelectorConfig": lambda _, tower: tower.patches,
     "anchorformer.selectors.mean_pool.MeanPoolSelectorConfig": lambda spec, tower: (
         tower.has_cls + tower.patches // field_of(spec, "selector", "window") ** 2
     ),
+    _CORRELATION: lambda spec, tower: max(1, round(field_of(spec, "selector", "expected_share") * tower.patches)),
 }
 """Anchors of those that have no `num_anchors`."""
