@@ -20,6 +20,7 @@ from anchorformer.dialogue import PLACEHOLDER
 from anchorformer.errors import UserError
 from anchorformer.images import ImageTransform
 from anchorformer.messages import Messages, read_messages
+from anchorformer.placeholders import TokenCounts, placeholders
 from anchorformer.schema import parse, to_plain
 from anchorformer.templates import make_template
 from anchorformer.tiling import Size, Tiling
@@ -30,9 +31,6 @@ log = logging.getLogger(__name__)
 
 IMAGE_TOKEN = PLACEHOLDER
 """Name under which the image token is added to a tokenizer."""
-
-TokenCounts = Sequence[Sequence[int]]
-"""Of each image the embeddings of each of its views, which is mostly a tile."""
 
 _CHAT_HINTS = ("padding",)
 """Arguments of `apply_chat_template` that ask for what is done anyway."""
@@ -89,31 +87,7 @@ class AnchorFormerProcessor(ProcessorMixin):
         return Writer(self._template, self.encoder, self.tokenizer, self.image_token_id)
 
     def _placeholders(self, tile_counts: Sequence[int], token_counts: TokenCounts | None, where: str) -> list[int]:
-        """Positions that stand for each image of so many tiles.
-
-        Raises:
-            UserError: `token_counts` is needed and not there, or is not of these tiles.
-        """
-        fixed, tiling = self.num_image_tokens, self.image_transform.tiling
-        if token_counts is None:
-            if fixed is None and tile_counts:
-                raise UserError(
-                    f"{where}: how many embeddings its images have is not known",
-                    found=f"{len(tile_counts)} image(s) without token_counts, and a selector that goes by what it sees",
-                    expected="token_counts: embeddings of each tile of each image",
-                    remedy="look at the images first (`anchorformer.seen.look`), or ask through Seen or Answer",
-                )  # fmt: skip
-            return [(fixed or 0) * tiling.views(tiles) for tiles in tile_counts]
-        views = [tiling.views(tiles) for tiles in tile_counts]
-        is_right = [len(own) for own in token_counts] == views
-        if not is_right or any(count < 1 or fixed not in (None, count) for own in token_counts for count in own):
-            raise UserError(
-                f"{where}: token_counts is not of these images", found=[list(own) for own in token_counts],
-                expected=f"for each image the embeddings of its views, of which they have {views}"
-                + ("" if fixed is None else f", {fixed} each"),
-                remedy="pass what `anchorformer.seen.look` said of the same images, in their order",
-            )  # fmt: skip
-        return [sum(own) for own in token_counts]
+        return placeholders(tile_counts, self.image_transform.tiling, self.num_image_tokens, token_counts, where)
 
     def _set_template(self, name: str) -> None:
         self._template = make_template(name, self.tokenizer, tuple(self.encoder.specials))
@@ -161,8 +135,8 @@ class AnchorFormerProcessor(ProcessorMixin):
                 image tokens or its last target.
         """
         counts = [self.image_transform.count(image.size) for image in images]
-        placeholders = self._placeholders(counts, token_counts, sample_id)
-        ids, labels = self._writer.sample(turns, placeholders, sample_id, max_length, overlength)
+        positions = self._placeholders(counts, token_counts, sample_id)
+        ids, labels = self._writer.sample(turns, positions, sample_id, max_length, overlength)
         return Example(
             sample_id=sample_id,
             input_ids_S=torch.tensor(ids, dtype=torch.int64),
@@ -195,7 +169,7 @@ class AnchorFormerProcessor(ProcessorMixin):
         if self.needs_sizes:
             pairs = zip(counts, sizes, strict=True)
             counts = [fewest if size is None else transform.count(size) for fewest, size in pairs]
-        if token_counts is not None and self.num_image_tokens is None:
+        if token_counts is not None and self.needs_token_counts and len(token_counts) == num_images:
             counts = [len(own) for own in token_counts]
         writer = self._writer
         ids, labels = writer.labelled(turns, self._placeholders(counts, token_counts, sample_id), sample_id)
@@ -282,8 +256,8 @@ class AnchorFormerProcessor(ProcessorMixin):
         per_sample = _deal(images, [sample.count(PLACEHOLDER) for sample in marked])
         flat = [image for own in per_sample for image in own]
         tile_counts = [self.image_transform.count(image.size) for image in flat]
-        placeholders = iter(self._placeholders(tile_counts, token_counts, "prompt"))
-        dealt = [[next(placeholders) for _ in own] for own in per_sample]
+        positions = iter(self._placeholders(tile_counts, token_counts, "prompt"))
+        dealt = [[next(positions) for _ in own] for own in per_sample]
         writer = self._writer
         if texts is not None:
             read = [writer.read(sample, own) for sample, own in zip(texts, dealt, strict=True)]

@@ -31,7 +31,7 @@ class CorrelationSelectorConfig(SelectorConfig):
     """Whose keys say how redundant patches are, and whose [CLS] query guides the sampling; counted like `layer`."""
     deep_layer: int = -2
     """Whose [CLS] attention is searched for outliers; another one than `low_layer`."""
-    tau: Annotated[float, Field(gt=-1, lt=1)] = 0.8
+    tau: Annotated[float, Field(gt=-1, lt=1)] = 0.9
     """Cosine of two patches' keys above which they are neighbours."""
     min_neighbours: Annotated[int, Field(ge=0)] = 8
     """A patch with more neighbours than this is redundant."""

@@ -76,11 +76,9 @@ def test_cached_choices_give_the_same_answers(
 def test_the_command_from_a_folder_to_scores(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    rows = [{"question": f"how many? {number}", "answer": "red"} | ({"image": f"{number}.png"} if number else {})
-            for number in range(3)]  # fmt: skip
+    rows = [{"image": f"{number}.png", "question": f"how many? {number}", "answer": "red"} for number in range(3)]
     for number, row in enumerate(rows):
-        if "image" in row:
-            load_image(ask(number).images[0]).save(tmp_path / row["image"])
+        load_image(ask(number).images[0]).save(tmp_path / row["image"])
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = [f"model={folder}", "task=custom", f"data={tmp_path / 'own.jsonl'}", f"out={tmp_path / 'out'}"]
     monkeypatch.setattr(sys, "argv", ["evals", *words, f"data.cache_dir={tmp_path / 'cache'}"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,11 +31,13 @@ from tests.train.ranks import Ranks
 from tests.train.test_feature_cache import cached_run, losses, with_cache
 from tests.train.test_observe import MIX, TASKS, lines
 from tests.train.test_resume import record, run_until
+from tests.train.tiny_world import write_world
 from train import rank
+from train.compose import compose
 from train.config import Part, PartConfig
 from train.distributed import alone
 from train.features import fill_cache, own_cache
-from train.prepare import check_parts, check_samples
+from train.prepare import check_parts, check_samples, prepare
 from train.run.folder import RunFolder
 
 Assemble = Callable[..., Path]
@@ -269,6 +273,50 @@ def test_watching_looks_first(make: Any) -> None:
     assert look_of["images"] == 3
     assert all(0 < look_of[name] <= 1 for name in ("coverage", "patches_used", "connector_entropy"))
     assert lines(watched.evals)[0]["loss"] > 0
+
+
+RAGGED = ["selector=correlation", "model.selector.low_layer=1", "tiling=grid_2x2_global",
+          "model.selector.deep_layer=-1", "model.selector.tau=0.99", "data.max_length=512"]  # fmt: skip
+
+
+def command_line(folder: Path, backbones: Path) -> list[str]:
+    """Of a run on the world of three captions."""
+    words = [word for word in write_world(folder, backbones) if "selector" not in word]
+    return [*words, *RAGGED, f"data.feature_cache={folder}/features"]
+
+
+def test_a_run_is_prepared_by_looking_first(tiny_backbones: Path, tmp_path: Path) -> None:
+    words = command_line(tmp_path, tiny_backbones)
+    with pytest.raises(UserError, match="depends on what the vision tower sees"):
+        prepare(compose([*words, "run=none", "data.feature_cache=null"]), ["test"])
+    assert not (tmp_path / "checkpoints").exists(), "refused before anything is assembled"
+    run = prepare(compose([*words, "run=looked"]), ["test"])
+    (counts,) = (tmp_path / "features").rglob("complete-*.npz")
+    before = counts.read_bytes()
+    counts.unlink()
+    prepare(compose([*words, "run=looked", "resume=auto"]), ["test"])
+    assert counts.read_bytes() == before
+    assert loader_of(run)[0].mixture.tokens.min() > 5
+
+
+@pytest.mark.slow
+def test_from_the_command_line_to_scores(tiny_backbones: Path, tmp_path: Path) -> None:
+    """Both doors in processes of their own: two ranks under ZeRO-2, then questions about the same images."""
+    words = [*command_line(tmp_path, tiny_backbones), "run=real", "hardware.ranks=2", "stage.global_batch=2",
+             "hardware.micro_batch=1", "stage.epochs=2"]  # fmt: skip
+    subprocess.run([sys.executable, "-m", "train", "run", *words], check=True, timeout=600)
+    run = tmp_path / "checkpoints" / "real"
+    assert len(losses(RunFolder(run))) == 3
+    asked = [{"image": f"{number}.png", "question": "what?", "answer": "a circle"} for number in range(3)]
+    (tmp_path / "data" / "images" / "own.json").write_text(json.dumps(asked))
+    subprocess.run(
+        [sys.executable, "-m", "evals", f"model={run}", "task=custom", f"data={tmp_path}/data/images/own.json",
+         f"data.cache_dir={tmp_path}/cache", f"data.feature_cache={tmp_path}/features"],
+        check=True, timeout=600,
+    )  # fmt: skip
+    (result,) = [json.loads(path.read_text()) for path in (run / "evals").glob("*.json")]
+    assert (result["n"], result["vision_features"]) == (3, "cached")
+    assert result["visual_tokens_per_image"] >= 5
 
 
 @pytest.mark.slow
