@@ -55,7 +55,11 @@ class Answer:
             )  # fmt: skip
         self._model, self._processor, self._turns = model, processor, turns
         self._seen = images if isinstance(images, Seen) else Seen(model, processor, images)
-        self.inputs: BatchFeature = processor([self._seen.images], conversations=[turns]).to(model.device)
+        start = time.perf_counter()
+        counts = self._seen.token_counts
+        self._looked_s = time.perf_counter() - start
+        self.inputs: BatchFeature = processor([self._seen.images], conversations=[turns], token_counts=counts)
+        self.inputs = self.inputs.to(model.device)
         self._max_new_tokens = min(max_new_tokens, self._room())
         self.ids: list[int] = []
         self.text = ""
@@ -80,7 +84,7 @@ class Answer:
         tokens: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         left, failed = threading.Event(), list[Exception]()
         worker = threading.Thread(target=self._generate, args=(tokens, left, failed), daemon=True)
-        start = time.perf_counter()
+        start = time.perf_counter() - self._looked_s
         worker.start()
         try:
             while (token := tokens.get()) is not None:

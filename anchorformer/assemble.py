@@ -129,7 +129,10 @@ def write_folder(
     partial.rename(out)
     tiling = processor.image_transform.tiling
     unit = "tile" if tiling.grids and not tiling.spans_tiles else "image"
-    log.info("model folder %s: %d embeddings per %s", out, processor.num_image_tokens, unit)
+    count = processor.num_image_tokens
+    log.info(
+        "model folder %s: %s per %s", out, "embeddings as it needs" if count is None else f"{count} embeddings", unit
+    )
     return out
 
 

@@ -70,6 +70,9 @@ class VisionFeatures:
         sizes: where images of different numbers of tiles are views of different numbers of tokens, those numbers, on
             the host; what lies behind them is padding. None: all N are real.
         mask_BN: bool, whether a token is real; None with `sizes`.
+        chosen_BN: bool, the tokens that a selector with a number of its own for every image has chosen, where that has
+            been done already; None: it is still to choose.
+        num_chosen: how many those are of each image, on the host; with `chosen_BN` from a feature cache.
     """
 
     tokens_BNV: Tensor
@@ -83,12 +86,22 @@ class VisionFeatures:
     image_key_B: Tensor | None = None
     sizes: tuple[int, ...] | None = None
     mask_BN: Tensor | None = None
+    chosen_BN: Tensor | None = None
+    num_chosen: tuple[int, ...] | None = None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> VisionFeatures:
         """The same features with each tensor changed, such as moved to another device."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         changed: dict[str, Any] = {name: change(tensor) for name, tensor in tensors.items()}
         return replace(self, **changed)
+
+    def blank(self, images: int) -> VisionFeatures:
+        """Features of as many images of nothing, in these shapes; where tokens are chosen already, one of each."""
+        blank = self.map(lambda tensor: tensor.new_zeros(images, *tensor.shape[1:]))
+        if blank.chosen_BN is None:
+            return blank
+        blank.chosen_BN[:, -1] = True
+        return replace(blank, num_chosen=(1,) * images)
 
 
 @dataclass(frozen=True)  # no slots: DeepSpeed ZeRO-3 reads what modules return through vars()
@@ -98,10 +111,13 @@ class Anchors:
     Attributes:
         tokens_BTV: the anchors, ascending by position in the image.
         indices_BT: their indices into N (0 = [CLS] where the tower has one), or None for merging selectors.
+        sizes: where images have different numbers of anchors, those numbers, on the host; what lies behind them repeats
+            an image's last anchor. None: every image has T.
     """
 
     tokens_BTV: Tensor
     indices_BT: Tensor | None
+    sizes: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +126,11 @@ class Example:
 
     Attributes:
         sample_id: names the record in logs and errors (`source/record id`).
-        input_ids_S: int64; an image stands as T times the image token id.
+        input_ids_S: int64; an image stands as T times the image token id, or as often as `token_counts` says.
         labels_S: int64; the id itself where supervised, IGNORE_INDEX elsewhere. Not shifted.
         tiles_B3HW: uint8, (0, 3, H, W) for a text-only record.
         tile_counts: tiles of each image; None where every image is one tile.
+        token_counts: embeddings that each tile stands for in the ids, where tiles have different numbers.
     """
 
     sample_id: str
@@ -121,6 +138,7 @@ class Example:
     labels_S: Tensor
     tiles_B3HW: Tensor
     tile_counts: tuple[int, ...] | None = None
+    token_counts: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +153,7 @@ class Batch:
         tiles_B3HW: uint8, all images in order of their placeholders, tile after tile; (0, 3, H, W) where no sample has
             one.
         tile_counts: tiles of each image, on the host: shapes follow from them; None where every image is one tile.
+        token_counts: embeddings that each tile stands for in the ids, where tiles have different numbers.
         predict_index_Q: int64 positions in S whose *next* token is supervised.
         targets_Q: int64, that next token.
         sample_ids: names of the samples; empty for a micro-batch that only keeps ranks in step.
@@ -152,6 +171,7 @@ class Batch:
     sample_ids: tuple[str, ...]
     num_skipped: int = 0
     tile_counts: tuple[int, ...] | None = None
+    token_counts: tuple[int, ...] | None = None
     features: VisionFeatures | None = None
 
     @property

@@ -20,7 +20,7 @@ class ImageGenerationMixin(GenerationMixin):
     """transformers' generation for a model whose rows may have images."""
 
     image_token_id: int
-    num_image_tokens: int
+    num_image_tokens: int | None
     integration: Integration | None
     encode_images: Callable[..., Tensor]
     get_input_embeddings: Callable[[], nn.Module]
@@ -45,23 +45,25 @@ class ImageGenerationMixin(GenerationMixin):
         past = kwargs.get("past_key_values")
         before = 0 if past is None else past.get_seq_length()
         if input_ids is not None and (expand_size > 1 or before or self.integration is not None):
-            embeds_XED, pixels = images["image_embeds"], images["pixel_values"]
-            if embeds_XED is None and pixels is not None and len(pixels):
-                embeds_XED = self.encode_images(pixels, images["tile_counts"], images["vision_features"])
+            embeds, pixels = images["image_embeds"], images["pixel_values"]
+            if embeds is None and pixels is not None and len(pixels):
+                embeds = self.encode_images(pixels, images["tile_counts"], images["vision_features"])
                 images = {}
-            mask_BS, each = input_ids == self.image_token_id, self.num_image_tokens
-            if embeds_XED is not None:
-                check_counts(mask_BS, embeds_XED[:, :each])
-            if self.integration is not None:
+            mask_BS, each = input_ids == self.image_token_id, 1
+            if self.integration is None:
+                embeds = None if embeds is None else embeds.flatten(0, -2)
+            else:
+                assert self.num_image_tokens is not None, "integrations take views of one size"
+                each = self.num_image_tokens
                 none_XED = self.get_input_embeddings()(input_ids[:0, :1])
-                said_XED = (none_XED if embeds_XED is None else embeds_XED)[:, each:]
-                _, rest_XED = self.integration.split(said_XED, each)
+                _, rest_XED = self.integration.split((none_XED if embeds is None else embeds)[:, each:], each)
                 images["placed"] = place(rest_XED, mask_BS, each, keeps=True).repeated(expand_size)
-                embeds_XED = None if embeds_XED is None else embeds_XED[:, : embeds_XED.shape[1] - rest_XED.shape[1]]
-            if embeds_XED is not None:
+                embeds = None if embeds is None else embeds[:, : embeds.shape[1] - rest_XED.shape[1]]
+            if embeds is not None:
+                check_counts(mask_BS, len(embeds) * each)
                 counts, known = (x.sum(1) // each for x in (mask_BS, mask_BS[:, :before]))
-                rows = zip(embeds_XED.split(counts.tolist()), known.tolist(), strict=True)
-                images["image_embeds"] = torch.cat([row[skip:].repeat(expand_size, 1, 1) for row, skip in rows])
+                rows = zip(embeds.split(counts.tolist()), known.tolist(), strict=True)
+                images["image_embeds"] = torch.cat([part for row, skip in rows for part in [row[skip:]] * expand_size])
         expanded: tuple[Tensor, dict[str, Any]] = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **kwargs
         )

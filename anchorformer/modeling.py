@@ -41,7 +41,7 @@ from anchorformer.vision import VisionTower
 
 
 class AnchorFormerForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
-    """Answers in text about images, seen through a fixed number of visual anchors.
+    """Answers in text about images, seen through visual anchors.
 
     `forward` takes one of two forms, never both:
 
@@ -80,7 +80,8 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, ImageGenerationMixin
         self.tiling = parse_tiling(config.tiling)
         shape = tower.num_tokens, tower.num_heads, tower.has_cls
         self.num_image_tokens = embeddings_per_view(self.tiling, selector, connector, *shape)
-        """Embeddings, and so placeholders, per view: a tile, or with `tiling.select=image` an image."""
+        """Embeddings, and so placeholders, per view: a tile, or with `tiling.select=image` an image. None where that
+        depends on what a tile shows, so that images have to be looked at before text is laid out."""
         self.selector = build_selector(self.tiling, selector, *shape)
         self.connector = connector.build(tower.width, config.text_config.hidden_size)
         self.language_model = AutoModelForCausalLM.from_config(
@@ -120,7 +121,7 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, ImageGenerationMixin
     ) -> CausalLMOutputWithPast:
         """
         Args:
-            input_ids: (1, S) flat or (B, L) padded; a view stands as `num_image_tokens` placeholders.
+            input_ids: (1, S) flat or (B, L) padded; a view stands as one placeholder per embedding.
             attention_mask: padded form only, (B, L), 1 at real positions.
             position_ids: like `input_ids`; restarting with each sample in the flat form.
             pixel_values: (tiles, 3, H, W) in order of their placeholders; uint8 is normalised here, floats are taken
@@ -177,7 +178,8 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, ImageGenerationMixin
         self, pixel_values: Tensor, tile_counts: Sequence[int] | None = None,
         features: VisionFeatures | None = None,
     ) -> Tensor:  # fmt: skip
-        """Visual embeddings of tiles (B, 3, H, W): (views, num_image_tokens, D), D the language model's width.
+        """Visual embeddings of tiles (B, 3, H, W): (views, num_image_tokens, D), D the language model's width; end to
+        end (R, D) where views have different numbers of them.
 
         With an integration there are more of each view: what that says of it stands behind them.
 
@@ -187,6 +189,13 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, ImageGenerationMixin
         Raises:
             UserError: the tiles of the images do not add up to B.
         """
+        return self.encode_views(pixel_values, tile_counts, features)[0]
+
+    def encode_views(
+        self, pixel_values: Tensor, tile_counts: Sequence[int] | None = None,
+        features: VisionFeatures | None = None,
+    ) -> tuple[Tensor, tuple[int, ...]]:  # fmt: skip
+        """What `encode_images` says, and how many placeholders each view stands for."""
         counts = self._tile_counts(pixel_values.shape[0], tile_counts)
         if features is None:
             if pixel_values.dtype == torch.uint8:
@@ -196,9 +205,12 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, ImageGenerationMixin
             features = join_tiles(features, counts)
         anchors = self.selector(features)
         embeds_XTD: Tensor = self.connector(anchors, features)
+        if anchors.sizes is not None:
+            return torch.cat([row[:size] for row, size in zip(embeds_XTD, anchors.sizes, strict=True)]), anchors.sizes
+        own = (embeds_XTD.shape[1],) * embeds_XTD.shape[0]
         if self.integration is None:
-            return embeds_XTD
-        return torch.cat([embeds_XTD, self.integration(anchors, features).to(embeds_XTD.dtype)], dim=1)
+            return embeds_XTD, own
+        return torch.cat([embeds_XTD, self.integration(anchors, features).to(embeds_XTD.dtype)], dim=1), own
 
     def _tile_counts(self, tiles: int, given: Sequence[int] | None) -> Sequence[int]:
         if given is None and len(self.tiling.counts) == 1:
@@ -235,11 +247,13 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, ImageGenerationMixin
         side, tiles = self.vision_tower.image_size, self.tiling.counts[0]
         blank = torch.zeros(tiles, 3, side, side, dtype=torch.uint8, device=device)
         if features is not None:  # and a rank with images does not run the tower either
-            features = features.map(lambda x: x.new_zeros(tiles, *x.shape[1:]))
+            features = features.blank(tiles)
         return self.encode_images(blank, [tiles], features), True
 
     def _fused(self, embeds_BSD: Tensor, input_ids: Tensor, visual_XED: Tensor | None, is_blank: bool) -> Tensor:
-        own_XTD = None if visual_XED is None else visual_XED[:, : self.num_image_tokens]
+        own_XTD = visual_XED
+        if own_XTD is not None and self.integration is not None:
+            own_XTD = own_XTD[:, : self.num_image_tokens]
         if own_XTD is not None and is_blank:
             embeds_BSD = embeds_BSD + (0.0 * own_XTD).sum().to(embeds_BSD.dtype)
         if own_XTD is None or is_blank:
@@ -251,15 +265,16 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, ImageGenerationMixin
         is_blank: bool, placed: Placed | None, rows: Rows,
     ) -> Any:  # fmt: skip
         """What layers are handed beside the embeddings; None where no row has an image."""
-        direct_BSD = None
+        direct_BSD, own = None, self.num_image_tokens
+        assert own is not None, "integrations take views of one size"
         if visual_XED is not None:
-            direct_XTD, said_XED = integration.split(visual_XED[:, self.num_image_tokens :], self.num_image_tokens)
+            direct_XTD, said_XED = integration.split(visual_XED[:, own:], own)
             if is_blank:
                 num_rows = len(input_ids) if rows.cu_seqlens is None else rows.cu_seqlens.numel() - 1
                 placed = placed_nowhere(said_XED, num_rows)
             elif placed is None:
                 mask_BS = input_ids == self.image_token_id
-                placed = place(said_XED, mask_BS, self.num_image_tokens, rows.cu_seqlens)
+                placed = place(said_XED, mask_BS, own, rows.cu_seqlens)
             if direct_XTD is not None:
                 direct_XTD = direct_XTD[:0] if is_blank else direct_XTD
                 direct_BSD = fuse(torch.zeros_like(embeds_BSD), input_ids, direct_XTD, self.image_token_id)

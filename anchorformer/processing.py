@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from anchorformer.dialogue import PLACEHOLDER
 from anchorformer.errors import UserError
 from anchorformer.images import ImageTransform
 from anchorformer.messages import Messages, read_messages
+from anchorformer.placeholders import TokenCounts, placeholders
 from anchorformer.schema import parse, to_plain
 from anchorformer.templates import make_template
 from anchorformer.tiling import Size, Tiling
@@ -52,7 +54,8 @@ class AnchorFormerProcessor(ProcessorMixin):
         image_transform: image to uint8 tiles.
         tokenizer: of the language model; gets `image_token` as a special token where it has none.
         num_image_tokens: embeddings per view, the model's `num_image_tokens`: of a tile, or where the tiling selects
-            over all tiles of an image, of an image.
+            over all tiles of an image, of an image. None where that depends on what a tile shows: `token_counts` has to
+            say it then.
         image_token: name of the image token in the tokenizer.
         template: `plain`, `v1` or `chat`.
 
@@ -64,7 +67,7 @@ class AnchorFormerProcessor(ProcessorMixin):
         self,
         image_transform: ImageTransform,
         tokenizer: PreTrainedTokenizerBase,
-        num_image_tokens: int = 1,
+        num_image_tokens: int | None = 1,
         image_token: str = IMAGE_TOKEN,
         template: str = "v1",
         chat_template: str | None = None,
@@ -81,10 +84,10 @@ class AnchorFormerProcessor(ProcessorMixin):
 
     @property
     def _writer(self) -> Writer:
-        return Writer(
-            self._template, self.encoder, self.tokenizer, self.image_token_id, self.num_image_tokens,
-            self.image_transform.tiling,
-        )  # fmt: skip
+        return Writer(self._template, self.encoder, self.tokenizer, self.image_token_id)
+
+    def _placeholders(self, tile_counts: Sequence[int], token_counts: TokenCounts | None, where: str) -> list[int]:
+        return placeholders(tile_counts, self.image_transform.tiling, self.num_image_tokens, token_counts, where)
 
     def _set_template(self, name: str) -> None:
         self._template = make_template(name, self.tokenizer, tuple(self.encoder.specials))
@@ -114,40 +117,45 @@ class AnchorFormerProcessor(ProcessorMixin):
 
     def encode(
         self, turns: Turns, images: Sequence[Image.Image], *, sample_id: str, max_length: int | None = None,
-        overlength: str = "error",
+        overlength: str = "error", token_counts: TokenCounts | None = None,
     ) -> Example:  # fmt: skip
         """One training sample.
 
         Args:
             images: opened, in the order of the placeholders in the users' turns.
+            token_counts: embeddings of each view of each image; needed where they depend on what is seen.
             sample_id: names the sample in messages.
             max_length: most positions, image tokens counted.
             overlength: beyond `max_length`, `truncate_answer` cuts the end of the sample; `error` and `drop` raise
                 (dropping is planned with `measure`, before any sample is encoded).
 
         Raises:
-            UserError: turns that do not alternate, placeholders and images that do not match, or a sample longer than
-                `max_length` that may not be cut, or cannot be without losing image tokens or its last target.
+            UserError: turns that do not alternate, placeholders and images that do not match, `token_counts` missing or
+                of other images, or a sample longer than `max_length` that may not be cut, or cannot be without losing
+                image tokens or its last target.
         """
         counts = [self.image_transform.count(image.size) for image in images]
-        ids, labels = self._writer.sample(turns, counts, sample_id, max_length, overlength)
+        positions = self._placeholders(counts, token_counts, sample_id)
+        ids, labels = self._writer.sample(turns, positions, sample_id, max_length, overlength)
         return Example(
             sample_id=sample_id,
             input_ids_S=torch.tensor(ids, dtype=torch.int64),
             labels_S=torch.tensor(labels, dtype=torch.int64),
             tiles_B3HW=self.image_transform.tiles(images),
             tile_counts=tuple(counts),
+            token_counts=None if self.num_image_tokens is not None else tuple(chain.from_iterable(token_counts or ())),
         )
 
     def measure(
         self, turns: Turns, num_images: int, *, sizes: Sequence[Size | None] = (), sample_id: str = "record",
-        max_length: int | None = None, overlength: str = "error",
+        max_length: int | None = None, overlength: str = "error", token_counts: TokenCounts | None = None,
     ) -> Measure:  # fmt: skip
         """Length and number of targets that `encode` would give, without pixels, for planning.
 
         Args:
             sizes: of the images, where `needs_sizes`; None of one that cannot be read, which is never encoded and
                 counts as the fewest tiles.
+            token_counts: as `encode` takes them; they tell how many tiles an image has, too.
 
         With `overlength=truncate_answer` the figures are those after the cut. A sample that `encode` would refuse as
         too long keeps its full length, so that `length > max_length` tells it apart whatever the rule.
@@ -161,24 +169,38 @@ class AnchorFormerProcessor(ProcessorMixin):
         if self.needs_sizes:
             pairs = zip(counts, sizes, strict=True)
             counts = [fewest if size is None else transform.count(size) for fewest, size in pairs]
+        if token_counts is not None and self.needs_token_counts and len(token_counts) == num_images:
+            counts = [len(own) for own in token_counts]
         writer = self._writer
-        ids, labels = writer.labelled(turns, counts, sample_id)
+        ids, labels = writer.labelled(turns, self._placeholders(counts, token_counts, sample_id), sample_id)
         kept = writer.kept_length(ids, labels, max_length, overlength)
         return Measure(kept, sum(label != IGNORE_INDEX for label in labels[:kept]))
 
     @property
     def needs_sizes(self) -> bool:
-        """Whether a sample's length depends on the sizes of its images."""
-        return self.image_transform.tiling.needs_sizes
+        """Whether a sample's length depends on the sizes of its images, and on nothing else of them."""
+        return self.image_transform.tiling.needs_sizes and not self.needs_token_counts
 
-    def prompt(self, turns: Turns, images: Sequence[Image.Image], *, sample_id: str = "prompt") -> Tensor:
+    @property
+    def needs_token_counts(self) -> bool:
+        """Whether a sample's length depends on what its images show."""
+        return self.num_image_tokens is None
+
+    def prompt(
+        self, turns: Turns, images: Sequence[Image.Image], *, sample_id: str = "prompt",
+        token_counts: TokenCounts | None = None,
+    ) -> Tensor:  # fmt: skip
         """Ids (S,) up to and including the generation prompt; training ids are these and the answer's.
+
+        Args:
+            token_counts: as `encode` takes them.
 
         Raises:
             UserError: the last turn is not the user's, and as `encode`.
         """
         counts = [self.image_transform.count(image.size) for image in images]
-        ids, _ = self._writer.ids(self._writer.asking(turns, len(images), sample_id), counts)
+        segments = self._writer.asking(turns, len(images), sample_id)
+        ids, _ = self._writer.ids(segments, self._placeholders(counts, token_counts, sample_id))
         return torch.tensor(ids, dtype=torch.int64)
 
     def pad(self, rows: Sequence[Tensor], *, side: str = "left") -> BatchFeature:
@@ -200,6 +222,7 @@ class AnchorFormerProcessor(ProcessorMixin):
         text: str | Sequence[str] | None = None,
         *,
         conversations: Sequence[Turns] | None = None,
+        token_counts: TokenCounts | None = None,
         padding_side: str = "left",
         return_tensors: str = "pt",
     ) -> BatchFeature:
@@ -210,6 +233,8 @@ class AnchorFormerProcessor(ProcessorMixin):
             text: prompts that are already written out; BOS is put in front where it is missing, placeholders stay where
                 they stand.
             conversations: instead of `text`, turns that the template writes down, with the generation prompt.
+            token_counts: embeddings of each view of each image, the images in order over all samples; needed where they
+                depend on what is seen.
             return_tensors: "pt" is the only one.
 
         Returns:
@@ -217,7 +242,8 @@ class AnchorFormerProcessor(ProcessorMixin):
             size x size, normalised by the model), and with a tiling tile_counts (list, tiles of each image).
 
         Raises:
-            UserError: neither or both of `text` and `conversations`, images that do not match the placeholders.
+            UserError: neither or both of `text` and `conversations`, images that do not match the placeholders,
+                `token_counts` missing or of other images.
         """
         if (text is None) == (conversations is None) or return_tensors != "pt":
             raise UserError(
@@ -228,18 +254,21 @@ class AnchorFormerProcessor(ProcessorMixin):
         texts = [text] if isinstance(text, str) else text
         marked = texts or ["".join(said for role, said in turns if role == "user") for turns in conversations or ()]
         per_sample = _deal(images, [sample.count(PLACEHOLDER) for sample in marked])
-        if texts is not None:
-            counts = [[self.image_transform.count(image.size) for image in own] for own in per_sample]
-            read = [self._writer.read(sample, own) for sample, own in zip(texts, counts, strict=True)]
-            rows = [torch.tensor(ids, dtype=torch.int64) for ids in read]
-        else:
-            rows = [self.prompt(turns, own) for turns, own in zip(conversations or (), per_sample, strict=True)]
-        batch = self.pad(rows, side=padding_side)
         flat = [image for own in per_sample for image in own]
+        tile_counts = [self.image_transform.count(image.size) for image in flat]
+        positions = iter(self._placeholders(tile_counts, token_counts, "prompt"))
+        dealt = [[next(positions) for _ in own] for own in per_sample]
+        writer = self._writer
+        if texts is not None:
+            read = [writer.read(sample, own) for sample, own in zip(texts, dealt, strict=True)]
+        else:
+            pairs = zip(conversations or (), dealt, strict=True)
+            read = [writer.ids(writer.asking(turns, len(own), "prompt"), own)[0] for turns, own in pairs]
+        batch = self.pad([torch.tensor(ids, dtype=torch.int64) for ids in read], side=padding_side)
         if flat:
             batch["pixel_values"] = self.image_transform.tiles(flat)
             if self.image_transform.tiling.grids:
-                batch["tile_counts"] = [self.image_transform.count(image.size) for image in flat]
+                batch["tile_counts"] = tile_counts
         return batch
 
     def apply_chat_template(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -12,11 +14,35 @@ from PIL import Image
 from torch import Tensor
 from transformers import DynamicCache
 
+from anchorformer.contracts import VisionFeatures
 from anchorformer.decoding.base import Decoding, Sight
 from anchorformer.decoding.greedy import Greedy
 from anchorformer.modeling import AnchorFormerForConditionalGeneration
 from anchorformer.processing import AnchorFormerProcessor
 from anchorformer.writer import Turns
+
+
+@torch.no_grad()
+def look(
+    decoding: Decoding, processor: AnchorFormerProcessor, images: Sequence[Image.Image],
+    features: Callable[[Tensor], VisionFeatures] | None = None,
+) -> list[Sight]:  # fmt: skip
+    """Looks at all images at once. Of each, `counts` goes to the processor as `token_counts`, and `embeds` to the model
+    as `image_embeds`.
+
+    Args:
+        features: says of uint8 tiles what the vision tower would; None runs it.
+
+    Raises:
+        UserError: an image that is too large.
+    """
+    if not images:
+        return []
+    transform, device = processor.image_transform, decoding.model.device
+    tiles_B3HW, tile_counts = transform.tiles(images), [transform.count(image.size) for image in images]
+    known = None if features is None else features(tiles_B3HW).map(lambda tensor: tensor.to(device))
+    sight = decoding.see(tiles_B3HW.to(device), tile_counts, known)
+    return sight.split([transform.tiling.views(tiles) for tiles in tile_counts])
 
 
 class Seen:
@@ -45,20 +71,21 @@ class Seen:
         self._ids_S = torch.empty(0, dtype=torch.int64)
         self._cache = DynamicCache()
 
+    @cached_property
+    def sights(self) -> list[Sight]:
+        """What is seen of each image, all of them at once; made at first use."""
+        return look(self._decoding, self._processor, self.images)
+
     @property
     def image_embeds(self) -> Tensor:
-        """What `encode_images` says of them, for `generate` and `forward` of any batch with them; made at first use."""
-        return self._sight.embeds_XTD
+        """What `encode_images` says of them, for `generate` and `forward` of any batch that shows these images."""
+        sight = Sight.of(self.sights)
+        return torch.empty(0, self._model.config.text_config.hidden_size) if sight is None else sight.embeds
 
-    @cached_property
-    @torch.no_grad()
-    def _sight(self) -> Sight:
-        transform = self._processor.image_transform
-        if not self.images:
-            width = self._model.config.text_config.hidden_size
-            return Sight(torch.empty(0, self._processor.num_image_tokens, width))
-        counts = [transform.count(image.size) for image in self.images]
-        return self._decoding.see(transform.tiles(self.images).to(self._model.device), counts)
+    @property
+    def token_counts(self) -> list[tuple[int, ...]] | None:
+        """What the processor has to be told of these images; where it knows, they are not looked at for that."""
+        return [each.counts for each in self.sights] if self._processor.needs_token_counts else None
 
     def generate(self, turns: Turns, **settings: Any) -> Tensor:
         """Ids (S,) of the answer, the stop among them once it is there.
@@ -70,15 +97,15 @@ class Seen:
         Raises:
             UserError: placeholders and images that do not match, or nothing is asked.
         """
-        ids_S = self._processor.prompt(turns, self.images)
-        ids_BS = ids_S[None].to(self._model.device)
-        mask_BS = torch.ones_like(ids_BS)
         with self._asking:
+            ids_S = self._processor.prompt(turns, self.images, token_counts=self.token_counts)
+            ids_BS = ids_S[None].to(self._model.device)
+            mask_BS, sight = torch.ones_like(ids_BS), Sight.of(self.sights)
             cache = self._take(ids_S)
             read_S: Tensor = self._model.generate(
-                input_ids=ids_BS, attention_mask=mask_BS, image_embeds=self.image_embeds,
+                input_ids=ids_BS, attention_mask=mask_BS, image_embeds=None if sight is None else sight.embeds,
                 past_key_values=cache, use_cache=True, num_beams=1, num_return_sequences=1,
-                logits_processor=self._decoding.logits_processors(ids_BS, mask_BS, self._sight),
+                logits_processor=self._decoding.logits_processors(ids_BS, mask_BS, sight),
                 eos_token_id=self._processor.stop_token_ids, **settings,
             )[0].cpu()  # fmt: skip
             # The last token was chosen and never read.
@@ -95,7 +122,9 @@ class Seen:
         most = min(len(read_S), len(ids_S) - 1)  # the last position is read anew: its logits give the first token
         differs = (read_S[:most] != ids_S[:most]).nonzero()
         known = int(differs[0]) if len(differs) else most
-        known -= self._count_images(ids_S[:known]) % self._processor.num_image_tokens  # no part of an image
+        ends = [0, *accumulate(count for each in self.sights for count in each.counts)]
+        positions = self._count_images(ids_S[:known])
+        known -= positions - ends[bisect_right(ends, positions) - 1]  # no part of a view
         if known < len(read_S):
             cache.crop(known - len(read_S))
         return cache

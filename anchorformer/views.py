@@ -27,15 +27,17 @@ from anchorformer.vision import VisionTower
 
 def embeddings_per_view(
     tiling: Tiling, selector: SelectorConfig, connector: ConnectorConfig, num_tokens: int, num_heads: int, has_cls: bool
-) -> int:  # fmt: skip
-    """Embeddings of a tile, or where all tiles of an image are one view, of an image.
+) -> int | None:  # fmt: skip
+    """Embeddings of a tile, or where all tiles of an image are one view, of an image; None where it depends on what the
+    tile shows.
 
     Args:
         num_tokens, num_heads, has_cls: of the tower, for one tile.
 
     Raises:
         UserError: a selector or connector that needs the raster of a single tile, one whose number of embeddings
-            depends on the number of tiles; and what their `count` raises.
+            depends on the number of tiles, a connector that cannot serve a ragged selector; and what their `count`
+            raises.
     """
     for kind, part in (("selector", selector), ("connector", connector)):
         if tiling.spans_tiles and not part.spans_tiles:
@@ -45,6 +47,10 @@ def embeddings_per_view(
                 expected=f"tiling.select=tile, or a {kind} that needs no raster of patches and no learned places",
                 remedy="set model.tiling.select=tile",
             )  # fmt: skip
+    if selector.ragged:
+        selector.count(num_tokens, num_heads, has_cls)
+        _check_ragged(selector, connector)
+        return None
     counts = {
         tokens: connector.count(tokens, selector.count(tokens, num_heads, has_cls), has_cls)
         for tokens in view_sizes(tiling, num_tokens, has_cls)
@@ -56,6 +62,17 @@ def embeddings_per_view(
             remedy="set model.tiling.select=tile, choose a selector with num_anchors, or a tiling of one grid",
         )  # fmt: skip
     return next(iter(counts.values()))
+
+
+def _check_ragged(selector: SelectorConfig, connector: ConnectorConfig) -> None:
+    if not connector.maps_each:
+        names = [type(part).__module__.rpartition(".")[2] for part in (selector, connector)]
+        raise UserError(
+            f"connector '{names[1]}' does not map each anchor by itself",
+            found=f"selector '{names[0]}', whose images have different numbers of anchors",
+            expected="a connector that makes one embedding of each: anchor_former, identity or mlp",
+            remedy="choose one of these, or a selector with num_anchors",
+        )  # fmt: skip
 
 
 def view_sizes(tiling: Tiling, num_tokens: int, has_cls: bool) -> tuple[int, ...]:
@@ -77,18 +94,24 @@ def build_selector(
 
 def build_integration(
     config: IntegrationConfig | None, tiling: Tiling, selector: SelectorConfig, tower: VisionTower,
-    text_config: PreTrainedConfig, num_embeddings: int,
+    text_config: PreTrainedConfig, num_embeddings: int | None,
 ) -> Integration | None:  # fmt: skip
     """The integration between these parts, with fresh weights; None where there is none.
 
     Args:
-        num_embeddings: of a view.
+        num_embeddings: of a view; None where that depends on what it shows.
 
     Raises:
         UserError: parts that it does not go with.
     """
     if config is None:
         return None
+    if num_embeddings is None:
+        raise UserError(
+            "an integration takes as many embeddings of every view, and this selector's views have different numbers",
+            found=type(selector).__name__, expected="a selector with num_anchors",
+            remedy="choose such a selector, or integration=none",
+        )  # fmt: skip
     tokens = view_sizes(tiling, tower.num_tokens, tower.has_cls)
     if len(tokens) > 1:
         raise UserError(

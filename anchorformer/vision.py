@@ -338,6 +338,12 @@ def _resolved(needs: VisionNeeds, num_layers: int) -> VisionNeeds:
                 remedy="correct `start_layer` or `layer` of the selector",
             )
     qk = tuple(_counted("layer of keys", each, num_layers) for each in needs.qk)
+    if len(set(qk)) < len(qk):
+        raise UserError(
+            "the selector reads keys of one layer twice",
+            found=f"layers {needs.qk} of a tower with {num_layers} blocks", expected="different layers",
+            remedy="correct the layers of the selector",
+        )  # fmt: skip
     return replace(needs, layer=layer, cls_attention_from=first, qk=qk)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -11,7 +11,6 @@ from anchorformer.contracts import IGNORE_INDEX
 from anchorformer.dialogue import PLACEHOLDER, read_turns
 from anchorformer.errors import UserError
 from anchorformer.templates import Picture, Segment, Special, Template, Text
-from anchorformer.tiling import Tiling
 from anchorformer.tokenization import After, TextEncoder
 
 Turns = Sequence[tuple[str, str]]
@@ -22,47 +21,36 @@ _OVERLENGTH = ("error", "drop", "truncate_answer")
 
 @dataclass(frozen=True)
 class Writer:
-    """A template, a tokenizer and what stands for an image.
-
-    Attributes:
-        num_image_tokens: placeholders per view.
-        tiling: says how many views an image has.
-    """
+    """A template, a tokenizer and what stands for an image; `placeholders` says how often, for each image."""
 
     template: Template
     encoder: TextEncoder
     tokenizer: PreTrainedTokenizerBase
     image_token_id: int
-    num_image_tokens: int
-    tiling: Tiling
 
-    def placeholders(self, tile_counts: Iterable[int]) -> int:
-        """Positions that stand for images of so many tiles."""
-        return self.num_image_tokens * sum(map(self.tiling.views, tile_counts))
-
-    def labelled(self, turns: Turns, tile_counts: Sequence[int], sample_id: str) -> tuple[list[int], list[int]]:
+    def labelled(self, turns: Turns, placeholders: Sequence[int], sample_id: str) -> tuple[list[int], list[int]]:
         """Ids and labels of a sample, of any length.
 
         Raises:
             UserError: turns that do not alternate, or placeholders and images that do not match.
         """
-        return self.ids(self.answered(turns, len(tile_counts), sample_id), tile_counts)
+        return self.ids(self.answered(turns, len(placeholders), sample_id), placeholders)
 
     def sample(
-        self, turns: Turns, tile_counts: Sequence[int], sample_id: str, max_length: int | None, overlength: str
+        self, turns: Turns, placeholders: Sequence[int], sample_id: str, max_length: int | None, overlength: str
     ) -> tuple[list[int], list[int]]:
         """Ids and labels of a sample that is at most `max_length` long, cut where `overlength` allows it.
 
         Raises:
             UserError: it is too long and may not be cut, or cannot be; and as `labelled`.
         """
-        ids, labels = self.labelled(turns, tile_counts, sample_id)
+        ids, labels = self.labelled(turns, placeholders, sample_id)
         kept = self.kept_length(ids, labels, max_length, overlength)
         if max_length is not None and kept > max_length:
             supervised = sum(label != IGNORE_INDEX for label in labels)
             raise UserError(
                 f"{sample_id}: the sample is too long",
-                found=f"{len(ids)} positions ({self.placeholders(tile_counts)} of them image tokens, {supervised} "
+                found=f"{len(ids)} positions ({sum(placeholders)} of them image tokens, {supervised} "
                 f"supervised) with overlength={overlength}",
                 expected=f"at most {max_length}"
                 + (" with every image token and at least one target" if overlength == "truncate_answer" else ""),
@@ -106,20 +94,20 @@ class Writer:
                     texts.append(PLACEHOLDER)
         return "".join(texts)
 
-    def read(self, text: str, tile_counts: Sequence[int]) -> list[int]:
+    def read(self, text: str, placeholders: Sequence[int]) -> list[int]:
         """Ids of a prompt that is written out already; BOS is put in front where it is missing."""
         bos = self.tokenizer.bos_token
         missing = bos is not None and not text.startswith(bos)
         segments: list[Segment] = [Special(self.tokenizer.bos_token_id)] if missing else []
         for index, piece in enumerate(text.split(PLACEHOLDER)):
             segments += [Picture()] * (index > 0) + [Text(piece, self.template.after_image if index else After.nothing)]
-        return self.ids(segments, tile_counts)[0]
+        return self.ids(segments, placeholders)[0]
 
-    def ids(self, segments: Sequence[Segment], tile_counts: Sequence[int]) -> tuple[list[int], list[int]]:
+    def ids(self, segments: Sequence[Segment], placeholders: Sequence[int]) -> tuple[list[int], list[int]]:
         """Ids and labels; the pictures among the segments are the images, in order."""
         ids: list[int] = []
         labels: list[int] = []
-        counts = iter(tile_counts)
+        counts = iter(placeholders)
         for segment in segments:
             match segment:
                 case Text(text, after, supervised):
@@ -127,7 +115,7 @@ class Writer:
                 case Special(index, supervised):
                     new = [index]
                 case Picture():
-                    new, supervised = [self.image_token_id] * self.placeholders([next(counts)]), False
+                    new, supervised = [self.image_token_id] * next(counts), False
             ids += new
             labels += new if supervised else [IGNORE_INDEX] * len(new)
         return ids, labels

@@ -75,9 +75,10 @@ def rows(found: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         row = {"grid": first["grid"], "what": label({axis: first.get(axis) for axis in axes if axis != "seed"}),
                "tokens": first["tokens"], "seeds": len(members)}  # fmt: skip
         of_means = [statistics.fmean(member[name] for name in scores if name not in LOSSES) for member in members]
-        for name, values in (*((name, [member[name] for member in members]) for name in scores), ("mean", of_means)):
+        for name, found_values in {**{each: [m[each] for m in members] for each in scores}, "mean": of_means}.items():
             short = name.removeprefix("miniworld_")
-            row |= {short: statistics.fmean(values), f"{short}_sd": statistics.stdev(values) if values[1:] else None}
+            row[short] = statistics.fmean(found_values)
+            row[f"{short}_sd"] = statistics.stdev(found_values) if len(found_values) > 1 else None
         yield row
 
 

@@ -27,6 +27,7 @@ from bench.gpu.shapes import (
     Scale,
     build_language_model,
     build_model,
+    image_tokens,
     make_examples,
     plan_shapes,
     published_scale,
@@ -139,7 +140,7 @@ class Asked:
         self._model: AnchorFormerForConditionalGeneration = build_model(scale, kind, language_model).eval()
         (example,) = make_examples(self._model, [Length(text=PROMPT, supervised=1)])
         self._ids, self._pixels = example.input_ids_S[None], example.tiles_B3HW
-        self.image_tokens = self._model.num_image_tokens
+        self.image_tokens = image_tokens(self._model)
         positions = self._ids.shape[1]
         work = Work(positions=positions, squares=positions**2, supervised=1, images=1)
         self.flops = sum(forward_flops(plan_shapes(scale, kind), work).values())

@@ -100,17 +100,18 @@ def _config(root: Path) -> DataConfig:
 class WordCounter:
     """Stands for a processor where only the records are measured: a word is a token."""
 
-    needs_sizes = False
+    needs_sizes = needs_token_counts = False
 
     def encode(
         self, turns: Sequence[tuple[str, str]], images: Sequence[Image.Image], *, sample_id: str,
-        max_length: int | None = None, overlength: str = "error",
+        max_length: int | None = None, overlength: str = "error", token_counts: Sequence[Sequence[int]] | None = None,
     ) -> Example:  # fmt: skip
         raise NotImplementedError("nothing is encoded here")
 
     def measure(
         self, turns: Sequence[tuple[str, str]], num_images: int, *, sizes: Sequence[tuple[int, int] | None] = (),
         sample_id: str = "record", max_length: int | None = None, overlength: str = "error",
+        token_counts: Sequence[Sequence[int]] | None = None,
     ) -> tuple[int, int]:  # fmt: skip
         said = {role: 1 + sum(text.count(" ") for who, text in turns if who == role) for role in ("user", "assistant")}
         return sum(said.values()), said["assistant"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 
 import torch
 
@@ -31,6 +32,7 @@ def collate(examples: Sequence[Example], filler: Example | None = None, num_skip
     next_labels = torch.cat(
         [torch.cat([part.labels_S[1:], part.labels_S.new_full((1,), IGNORE_INDEX)]) for part in parts]
     )
+    known = [part.token_counts for part in parts]
     predict_index = (next_labels != IGNORE_INDEX).nonzero().squeeze(1)
     return Batch(
         input_ids_S=torch.cat([part.input_ids_S for part in parts]),
@@ -43,6 +45,7 @@ def collate(examples: Sequence[Example], filler: Example | None = None, num_skip
         sample_ids=tuple(example.sample_id for example in examples),
         num_skipped=num_skipped,
         tile_counts=tuple(count for part in parts for count in _tile_counts(part)),
+        token_counts=None if None in known else tuple(chain.from_iterable(filter(None, known))),
     )
 
 

@@ -56,4 +56,5 @@ class DataConfig(Schema):
     cache_dir: str = ".cache/data"
     """Where Arrow copies of the annotations and token counts are kept."""
     feature_cache: str | None = None
-    """Folder of vision features that are computed once for all runs (`data.features`); null runs the tower live."""
+    """Folder of vision features that are computed once for all runs (`data.features`); null runs the tower live, which
+    a selector that gives images different numbers of anchors does not allow."""

@@ -27,6 +27,11 @@ class Encoder(Protocol):
         """Whether a record's length depends on the sizes of its images."""
         ...
 
+    @property
+    def needs_token_counts(self) -> bool:
+        """Whether a record's length depends on what its images show."""
+        ...
+
     def encode(
         self,
         turns: Turns,
@@ -35,6 +40,7 @@ class Encoder(Protocol):
         sample_id: str,
         max_length: int | None = None,
         overlength: str = "error",
+        token_counts: Sequence[Sequence[int]] | None = None,
     ) -> Example:
         """Ids, labels and tiles of one record."""
         ...
@@ -48,6 +54,7 @@ class Encoder(Protocol):
         sample_id: str = "record",
         max_length: int | None = None,
         overlength: str = "error",
+        token_counts: Sequence[Sequence[int]] | None = None,
     ) -> tuple[int, int]:
         """Length in positions, anchors counted, and number of supervised tokens that `encode` gives, without pixels.
 
@@ -55,6 +62,7 @@ class Encoder(Protocol):
 
         Args:
             sizes: (width, height) of each image, where `needs_sizes`; None of one that cannot be read.
+            token_counts: of each image the embeddings of each tile, where `needs_token_counts`.
         """
         ...
 
@@ -78,8 +86,9 @@ def measured(
 
         sizes = [size(ref) for ref in record.images]
     return encoder.measure(
-        turns_of(record), len(record.images), sizes=sizes, max_length=max_length, overlength=overlength
-    )
+        turns_of(record), len(record.images), sizes=sizes, max_length=max_length, overlength=overlength,
+        token_counts=record.token_counts,
+    )  # fmt: skip
 
 
 def fingerprint(encoder: Encoder) -> str:

@@ -31,6 +31,8 @@ from anchorformer.contracts import VisionFeatures
 from anchorformer.errors import UserError
 from anchorformer.model_folder import read_index, read_manifest
 from anchorformer.modeling import parse_parts
+from anchorformer.schema import TARGET, plugin_to_plain
+from anchorformer.selectors.base import SelectorConfig
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +78,8 @@ class FeatureCache:
     Attributes:
         folder: where they lie.
         model: the model folder whose tower they are of.
+        is_ragged: whether the model's selector gives images different numbers of anchors; its choice is part of the
+            entries then, and in their hash, in place of what it is made from.
     """
 
     def __init__(self, root: Path, model: Path, dtype: torch.dtype, device: torch.device) -> None:
@@ -89,7 +93,10 @@ class FeatureCache:
             UserError: `model` is not a model folder.
         """
         self.model, self.dtype, self.device = model, dtype, device
-        self._made_of = _made_of(model, dtype, device)
+        config = AnchorFormerConfig.from_pretrained(model)
+        selector, _ = parse_parts(config.selector, config.connector)
+        self.is_ragged, self._tiling = selector.ragged, config.tiling
+        self._made_of = _made_of(model, config, selector, dtype, device)
         digest = hashlib.sha256(json.dumps(self._made_of, sort_keys=True).encode()).hexdigest()
         self.folder = root / digest[:16]
         self._layout: Layout | None = None
@@ -127,7 +134,17 @@ class FeatureCache:
         for name, feature in self.layout.features.items():
             rows = [entry[name] for entry in entries]
             values[name] = torch.stack(rows) if rows else torch.empty(0, *feature.shape, dtype=feature.dtype)
+        chosen_BN = values["chosen_BN"]
+        values["num_chosen"] = None if chosen_BN is None else tuple(chosen_BN.sum(1).tolist())
         return VisionFeatures(**values | {"has_cls": self.layout.has_cls})
+
+    def num_chosen(self, key: str) -> int:
+        """Tokens that a ragged selector has chosen of one tile; nothing else of its entry is read.
+
+        Raises:
+            UserError: it has no entry, or a damaged one.
+        """
+        return int(self._read_entry(self._path(key), "chosen_BN")["chosen_BN"].sum())
 
     def missing(self, keys: list[str]) -> list[int]:
         """Places of those keys that have no entry of the right size."""
@@ -180,6 +197,15 @@ class FeatureCache:
         if free < (tiles - there) * size:
             raise self._no_room(f"{_size(free)} free", f"{_size(tiles * size)} for {tiles} tiles; {there} are there")
 
+    def counts_of(self, fingerprint: str) -> Path:
+        """Where the numbers of chosen tokens of a source's images are kept (`data.counted`).
+
+        Args:
+            fingerprint: the source's.
+        """
+        digest = hashlib.sha256(json.dumps([fingerprint, self._tiling], sort_keys=True).encode()).hexdigest()
+        return self.folder / f"complete-{digest[:16]}.npz"
+
     def _no_room(self, found: str, expected: str) -> UserError:
         return UserError(
             f"there is no room for the feature cache {self.folder}", found=found, expected=expected,
@@ -195,9 +221,12 @@ class FeatureCache:
         except FileNotFoundError:
             return False
 
-    def _read_entry(self, path: Path) -> dict[str, Tensor]:
+    def _read_entry(self, path: Path, only: str | None = None) -> dict[str, Tensor]:
+        """All of an entry, its checksum compared; or one of its tensors."""
         try:
             with safe_open(path, framework="pt") as file:
+                if only is not None:
+                    return {only: file.get_tensor(only)}
                 entry: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 checksum = (file.metadata() or {}).get(CHECKSUM)
         except FileNotFoundError:
@@ -226,10 +255,10 @@ def keys_of(tiles_B3HW: Tensor) -> list[str]:
     return [hashlib.sha256(shape + tile.numpy().tobytes()).hexdigest() for tile in tiles_B3HW.contiguous()]
 
 
-def _made_of(model: Path, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+def _made_of(
+    model: Path, config: AnchorFormerConfig, selector: SelectorConfig, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
     """Everything but the image that decides a feature."""
-    config = AnchorFormerConfig.from_pretrained(model)
-    selector, _ = parse_parts(config.selector, config.connector)
     shards = {file for name, file in read_index(model).items() if name.startswith("vision_tower.")}
     manifest = read_manifest(model)
     vision = config.vision_config.to_dict()
@@ -242,7 +271,14 @@ def _made_of(model: Path, dtype: torch.dtype, device: torch.device) -> dict[str,
         "image_std": config.image_std,
         "dtype": _name(dtype),
         "device": device.type,
+        **({"selector": _rule(selector)} if selector.ragged else {}),
     }
+
+
+def _rule(selector: SelectorConfig) -> dict[str, Any]:
+    """What decides which tokens are chosen."""
+    decides = {field.name for field in fields(selector) if field.compare}
+    return {key: value for key, value in plugin_to_plain(selector).items() if key == TARGET or key in decides}
 
 
 def _tensors(features: VisionFeatures) -> dict[str, Tensor]:

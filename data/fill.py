@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from anchorformer.configuration import AnchorFormerConfig
 from anchorformer.contracts import VisionFeatures
 from anchorformer.errors import UserError
 from anchorformer.images import ImageTransform, normalise
+from anchorformer.modeling import parse_parts, parse_tiling
+from anchorformer.selectors.base import RaggedSelector
+from anchorformer.views import build_selector
 from anchorformer.weights import load_tower
 from data.config import OnBad
 from data.features import FeatureCache, keys_of
@@ -64,29 +67,73 @@ def fill(
     complete = cache.folder / f"complete-{made_of}"
     if complete.is_file():
         return
-    config = AnchorFormerConfig.from_pretrained(cache.model)
-    tower = load_tower(cache.model, cache.dtype).to(cache.device)
+    for _ in filled(cache, pictured, numbers, transform, on_bad_image, num_workers):
+        pass
+    complete.touch()
 
-    @torch.inference_mode()
-    def see(tiles_B3HW: Tensor) -> VisionFeatures:
-        features: VisionFeatures = tower(normalise(tiles_B3HW.to(cache.device), config.image_mean, config.image_std))
-        return features
 
-    side = tower.image_size
+class Tiles(NamedTuple):
+    """The tiles of a record.
+
+    Attributes:
+        keys: of each image those of its tiles; none where the image is bad and that is no error.
+        missing, tiles_B3HW: those that have no entry.
+    """
+
+    number: int
+    keys: tuple[tuple[str, ...], ...]
+    missing: list[str]
+    tiles_B3HW: Tensor
+
+
+def filled(
+    cache: FeatureCache, pictured: Pictured, numbers: Sequence[int], transform: ImageTransform, on_bad_image: OnBad,
+    num_workers: int = 0,
+) -> Iterator[Tiles]:  # fmt: skip
+    """Every record once, in any order; when the last one has come, all of their tiles have an entry.
+
+    Args, Raises:
+        as `fill`.
+    """
+    see, side = _seeing(cache)
     cache.describe(see(torch.zeros(1, 3, side, side, dtype=torch.uint8)))
     images = sum(len(pictured[number].images) for number in numbers)
     cache.check_room(images * max(transform.tiling.counts))
 
     start = hash((os.getpid(), len(numbers))) % max(1, len(numbers))
     loader = DataLoader(
-        _MissingTiles(cache, pictured, transform, on_bad_image), batch_size=None,
+        _Tiled(cache, pictured, transform, on_bad_image), batch_size=None,
         sampler=[*numbers[start:], *numbers[:start]], num_workers=num_workers,
         # A generator of its own: torch would draw the workers' base seed from the global one.
         generator=torch.Generator(),
     )  # fmt: skip
-    for keys, batch_B3HW in _grouped(tqdm(loader, "vision features", unit=" records", mininterval=1, delay=2)):
-        cache.write(keys, see(batch_B3HW))
-    complete.touch()
+    group: dict[str, Tensor] = {}  # for the tower, none of them twice
+    for found in tqdm(loader, "vision features", unit=" records", mininterval=1, delay=2):
+        if isinstance(found, UserError):
+            raise found
+        group |= dict(zip(found.missing, found.tiles_B3HW, strict=True))
+        while len(group) >= TILES_AT_ONCE:
+            keys = list(group)[:TILES_AT_ONCE]
+            cache.write(keys, see(torch.stack([group.pop(key) for key in keys])))
+        yield found
+    if group:
+        cache.write(list(group), see(torch.stack(list(group.values()))))
+
+
+def _seeing(cache: FeatureCache) -> tuple[Callable[[Tensor], VisionFeatures], int]:
+    """From tiles to what is kept of them, and the side that tiles have."""
+    config = AnchorFormerConfig.from_pretrained(cache.model)
+    tower = load_tower(cache.model, cache.dtype).to(cache.device)
+    rule, _ = parse_parts(config.selector, config.connector)
+    shape = tower.num_tokens, tower.num_heads, tower.has_cls
+    selector = build_selector(parse_tiling(config.tiling), rule, *shape) if rule.ragged else None
+
+    @torch.inference_mode()
+    def see(tiles_B3HW: Tensor) -> VisionFeatures:
+        features: VisionFeatures = tower(normalise(tiles_B3HW.to(cache.device), config.image_mean, config.image_std))
+        return selector.decided(features) if isinstance(selector, RaggedSelector) else features
+
+    return see, tower.image_size
 
 
 def images_digest(pictured: Iterable[HasImages], transform: ImageTransform) -> str:
@@ -102,42 +149,27 @@ def images_digest(pictured: Iterable[HasImages], transform: ImageTransform) -> s
     return digest.hexdigest()[:16]
 
 
-class _MissingTiles(Dataset[tuple[list[str], Tensor] | UserError]):
-    """The tiles of a record that have no entry; a user's mistake is returned, as torch would bury it in a traceback."""
+class _Tiled(Dataset[Tiles | UserError]):
+    """Records as their tiles; a user's mistake is returned, as torch would bury it in a traceback."""
 
     def __init__(self, cache: FeatureCache, pictured: Pictured, transform: ImageTransform, on_bad_image: OnBad) -> None:
         self._cache, self._pictured, self._transform, self._on_bad_image = cache, pictured, transform, on_bad_image
 
-    def __getitem__(self, number: int) -> tuple[list[str], Tensor] | UserError:
+    def __getitem__(self, number: int) -> Tiles | UserError:
         record = self._pictured[number]
-        images = []
+        cut = []
         for ref in record.images:
             try:
-                images.append(load_image(ref))
+                cut.append(self._transform.tiles([load_image(ref)]))
             except UserError as error:
                 if self._on_bad_image is OnBad.error:
                     return UserError(
                         f"{record.id}: {error.what}", found=error.found, expected=error.expected, remedy=error.remedy
                     )
-        tiles_B3HW = self._transform.tiles(images)
+                cut.append(self._transform.tiles([]))
+        tiles_B3HW = torch.cat([self._transform.tiles([]), *cut])
         keys = keys_of(tiles_B3HW)
         places = self._cache.missing(keys)
-        return [keys[place] for place in places], tiles_B3HW[places]
-
-
-def _grouped(results: Iterable[tuple[list[str], Tensor] | UserError]) -> Iterator[tuple[list[str], Tensor]]:
-    """The records' tiles in groups for the tower, none of them twice in a group.
-
-    Raises:
-        UserError: the one that a data worker has met.
-    """
-    group: dict[str, Tensor] = {}
-    for result in results:
-        if isinstance(result, UserError):
-            raise result
-        group |= dict(zip(*result, strict=True))
-        while len(group) >= TILES_AT_ONCE:
-            keys = list(group)[:TILES_AT_ONCE]
-            yield keys, torch.stack([group.pop(key) for key in keys])
-    if group:
-        yield list(group), torch.stack(list(group.values()))
+        left = iter(keys)
+        by_image = tuple(tuple(next(left) for _ in tiles) for tiles in cut)
+        return Tiles(number, by_image, [keys[place] for place in places], tiles_B3HW[places])

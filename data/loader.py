@@ -95,7 +95,7 @@ class Loader:
         skipped: int = 0,
     ) -> None:
         self.config, self.rank, self.world_size, self._pin_memory = config.data, rank, world_size, pin_memory
-        self.mixture = Mixture(config.data, processor)
+        self.mixture = Mixture(config.data, processor, features)
         budget = config.data.token_budget
         if budget is not None and self.mixture.tokens.max() > budget:
             raise UserError(
@@ -200,7 +200,7 @@ class _Assembly(Dataset[Batch | UserError]):
             examples = [self._encode(number) for number in numbers]
             kept = [example for example in examples if example is not None]
             batch = collate(kept, self._filler, num_skipped=len(examples) - len(kept))
-            return batch if self._features is None else replace(batch, features=self._features.read(batch.tiles_B3HW))
+            return batch if self._features is None else _with_features(batch, self._features)
         except UserError as error:
             return error
 
@@ -225,6 +225,7 @@ class _Assembly(Dataset[Batch | UserError]):
             sample_id=record.id,
             max_length=self._config.max_length,
             overlength=self._config.overlength.value,
+            token_counts=record.token_counts,
         )
         planned = int(self._mixture.tokens[number])
         if example.input_ids_S.numel() != planned:
@@ -235,6 +236,21 @@ class _Assembly(Dataset[Batch | UserError]):
                 remedy="the text rules have changed since; remove the *.lengths.npy files in that folder",
             )
         return example
+
+
+def _with_features(batch: Batch, cache: FeatureCache) -> Batch:
+    """
+    Raises:
+        UserError: other tokens are chosen of a tile than its text was laid out for; and what the cache raises.
+    """
+    features = cache.read(batch.tiles_B3HW)
+    if features.num_chosen != batch.token_counts:
+        raise UserError(
+            f"images of {', '.join(batch.sample_ids)} do not have as many embeddings as were counted",
+            found=f"{features.num_chosen} in the feature cache", expected=f"{batch.token_counts}, one for each tile",
+            remedy=f"remove {cache.folder}/complete-* and start again: what is there is counted anew",
+        )  # fmt: skip
+    return replace(batch, features=features)
 
 
 def _take_signals_like_the_parent(_: int) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,6 +18,9 @@ from data.encoder import Encoder, fingerprint
 from data.record import Record
 from data.sampler import permutation
 from data.sources.base import PACKAGE, Source, SourceConfig
+
+if TYPE_CHECKING:  # loads torch
+    from data.features import FeatureCache
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +36,22 @@ class Mixture:
         num_dropped: records left out because they are too long, have no targets or cannot be used.
 
     Raises:
-        UserError: what `open_sources` or the over-length rule raises, more records left out than `max_dropped_share`
-            allows, or a source of which an epoch holds no record.
+        UserError: what `open_sources` or the over-length rule raises, images that nobody has looked at where lengths
+            depend on them, more records left out than `max_dropped_share` allows, or a source of which an epoch holds
+            no record.
     """
 
-    def __init__(self, config: DataConfig, processor: Encoder) -> None:
+    def __init__(self, config: DataConfig, processor: Encoder, features: FeatureCache | None = None) -> None:
+        """
+        Args:
+            features: where the images have been looked at, if the length of a record depends on what they show.
+        """
         named = open_sources(config)
-        self.sources = tuple(source for source, _ in named)
+        self.sources: tuple[Source, ...] = tuple(source for source, _ in named)
+        if processor.needs_token_counts:
+            from data.counted import counted  # loads torch
+
+            self.sources = tuple(counted(source, features) for source in self.sources)
         self._weights = tuple(weight for _, weight in named)
         self._encoder_fingerprint = fingerprint(processor)
         admissions = []

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
+from anchorformer.errors import UserError
 from anchorformer.hub import load
 from anchorformer.images import ImageTransform
 from anchorformer.processing import AnchorFormerProcessor
@@ -17,10 +18,18 @@ def open_processor(config: ScanConfig, folder: Path) -> AnchorFormerProcessor:
     """The processor of a folder that `data.folders.processor_folder` found.
 
     Raises:
-        UserError: no tokenizer in it or a damaged one, or a template that does not fit it.
+        UserError: no tokenizer in it or a damaged one, a template that does not fit it, or a model whose samples have
+            lengths that depend on what it sees.
     """
     if (folder / PROCESSOR).is_file():
         processor = load("processor", folder, AnchorFormerProcessor.from_pretrained, local_files_only=True)
+        if processor.needs_token_counts:
+            raise UserError(
+                "how long a sample is depends on what the model sees, and a scan runs no model",
+                found=f"num_image_tokens=null in {folder / PROCESSOR}",
+                expected="a number of embeddings that is known without looking",
+                remedy="scan with the language model's folder: processor=FOLDER num_image_tokens=200 template=v1",
+            )  # fmt: skip
         return processor.with_template(config.template) if config.template else processor
     assert config.num_image_tokens is not None
     assert config.template is not None

@@ -66,6 +66,8 @@ class Record:
         turns: alternating user and assistant, after an optional system turn.
         references: accepted answers where the format holds several (DocVQA); the trained one is in `turns`.
         meta: format-specific facts that evaluation reports by (for example ChartQA's human or augmented).
+        token_counts: of each image the embeddings of each of its tiles, where these depend on what it shows
+            (`data.counted`); None where they do not, or nobody has looked.
     """
 
     id: str
@@ -73,3 +75,4 @@ class Record:
     turns: tuple[Turn, ...]
     references: tuple[str, ...] = ()
     meta: tuple[tuple[str, str], ...] = ()
+    token_counts: tuple[tuple[int, ...], ...] | None = None

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
@@ -26,6 +25,7 @@ from anchorformer.modeling import AnchorFormerForConditionalGeneration
 from anchorformer.processing import AnchorFormerProcessor
 from anchorformer.reselect import with_selector
 from anchorformer.schema import parse_plugin, to_plain
+from anchorformer.seen import look
 from anchorformer.selectors.base import SelectorConfig
 from anchorformer.weights import check_folder, load_model
 from data.collate import collate
@@ -39,6 +39,8 @@ from evals.memory import GIB, Memory
 from evals.questions import Question
 
 REMEDY = "correct it; `python -m evals --help` lists the keys"
+MEASURED = 64
+"""Images that tell how many visual tokens one has, where that depends on what it shows."""
 
 
 class ModelRespondent:
@@ -80,15 +82,21 @@ class ModelRespondent:
         texts: list[str] = []
         for chunk in self._chunks(questions, "answering"):
             images = _opened(chunk)
-            inputs = self._processor(
-                [[images[ref] for ref in item.images] for item in chunk], conversations=[item.turns for item in chunk]
-            )
-            tiles_B3HW, counts = inputs.pop("pixel_values", None), inputs.pop("tile_counts", None)
-            inputs = inputs.to(self._model.device)
-            sight = self._see(chunk, tiles_B3HW, counts, self._decoding)
+            seen = self._look(images, self._decoding)
+            rows = [
+                self._processor.prompt(
+                    item.turns,
+                    [images[ref] for ref in item.images],
+                    sample_id=item.id,
+                    token_counts=[seen[ref].counts for ref in item.images],
+                )
+                for item in chunk
+            ]
+            inputs = self._processor.pad(rows).to(self._model.device)
+            sight = Sight.of([seen[ref] for item in chunk for ref in item.images])
             ids_BL = self._model.generate(
                 **inputs,
-                image_embeds=None if sight is None else sight.embeds_XTD,
+                image_embeds=None if sight is None else sight.embeds,
                 logits_processor=self._decoding.logits_processors(inputs["input_ids"], inputs["attention_mask"], sight),
                 do_sample=False,
                 max_new_tokens=max_new_tokens,
@@ -105,23 +113,24 @@ class ModelRespondent:
         losses: list[tuple[float, int]] = []
         for chunk in self._chunks(questions, "reading"):
             images = _opened(chunk)
+            seen = self._look(images, self._greedy)
             examples = [
                 self._processor.encode(
                     [*item.turns, ("assistant", item.references[0])],
                     [images[ref] for ref in item.images],
                     sample_id=item.id,
+                    token_counts=[seen[ref].counts for ref in item.images],
                 )
                 for item in chunk
             ]
-            batch = collate(examples)
-            sight = self._see(chunk, batch.tiles_B3HW, batch.tile_counts, self._greedy)
-            batch = batch.to(self._model.device)
+            batch = collate(examples).to(self._model.device)
+            sight = Sight.of([seen[ref] for item in chunk for ref in item.images])
             logits_QD = self._model(
                 input_ids=batch.input_ids_S[None],
                 position_ids=batch.position_ids_S[None],
                 cu_seqlens=batch.cu_seqlens,
                 max_seqlen=batch.max_seqlen,
-                image_embeds=None if sight is None else sight.embeds_XTD,
+                image_embeds=None if sight is None else sight.embeds,
                 logits_to_keep=batch.predict_index_Q,
             ).logits[0]
             nll_Q = cross_entropy(logits_QD.float(), batch.targets_Q, reduction="none").double()
@@ -134,33 +143,21 @@ class ModelRespondent:
         """The most memory that this process has held: on the card, or in RAM where it computes on the CPU."""
         return Memory.of(self._model.device).computing / GIB
 
-    def _see(
-        self, questions: Sequence[Question], tiles_B3HW: Tensor | None, tile_counts: Sequence[int] | None,
-        decoding: Decoding,
-    ) -> Sight | None:  # fmt: skip
-        """What is seen of the questions' images, in their order; None where there are none.
+    def tokens_per_image(self, questions: Sequence[Question]) -> int | None:
+        """Visual tokens of an image, the mean of at most MEASURED that are spread evenly over the questions; None where
+        no question has one."""
+        refs = [*dict.fromkeys(ref for item in questions for ref in item.images)]
+        spread = [refs[place * len(refs) // MEASURED] for place in range(MEASURED)] if len(refs) > MEASURED else refs
+        counts: list[int] = []
+        for start in range(0, len(spread), self._batch_size):
+            seen = self._look({ref: load_image(ref) for ref in spread[start : start + self._batch_size]}, self._greedy)
+            counts += [sum(each.counts) for each in seen.values()]
+        return round(sum(counts) / len(counts)) if counts else None
 
-        Args:
-            tiles_B3HW: of these images.
-            tile_counts: tiles of each image; one each where they are left out.
-        """
-        refs = [ref for item in questions for ref in item.images]
-        if not refs or tiles_B3HW is None:
-            return None
-        tiles_of = dict(zip(refs, tiles_B3HW.split(list(tile_counts or [1] * len(refs))), strict=True))
-        distinct_B3HW, counts = torch.cat([*tiles_of.values()]), [len(tiles) for tiles in tiles_of.values()]
-        device, features = self._model.device, None
-        if self._features is not None:
-            features = self._features.read(distinct_B3HW).map(lambda tensor: tensor.to(device))
-        sight = decoding.see(distinct_B3HW.to(device), counts, features)
-        views = [self._model.tiling.views(count) for count in counts]
-
-        def of_questions(x_XTD: Tensor) -> Tensor:
-            own = dict(zip(tiles_of, x_XTD.split(views), strict=True))
-            return torch.cat([own[ref] for ref in refs])
-
-        contrast = sight.contrast_XKD
-        return Sight(of_questions(sight.embeds_XTD), None if contrast is None else of_questions(contrast))
+    def _look(self, images: Mapping[ImageRef, Image.Image], decoding: Decoding) -> dict[ImageRef, Sight]:
+        """What is seen of each image, all of them looked at together."""
+        features = None if self._features is None else self._features.read
+        return dict(zip(images, look(decoding, self._processor, [*images.values()], features), strict=True))
 
     def _chunks(self, questions: Sequence[Question], verb: str) -> Iterator[Sequence[Question]]:
         one = len(questions) <= self._batch_size  # whoever asks batch by batch shows how far that is
@@ -207,12 +204,15 @@ def load(folder: Path, config: EvalConfig, questions: Sequence[Question] = ()) -
             features, questions, range(len(questions)), processor.image_transform,
             made_of=images_digest(questions, processor.image_transform), on_bad_image=OnBad.error,
         )  # fmt: skip
-    facts = {
+    respondent = ModelRespondent(
+        model, processor, config.batch_size, {}, features=features, decoding=decoding.build(model)
+    )
+    respondent.facts = {
         "model": str(folder),
         "model_sha256": sha256(folder / MANIFEST),
         "template": processor.template,
         "selector": config.selector or model.config.selector,
-        **_visual(processor),
+        **_visual(processor, respondent, questions),
         # Layers that have one read every visual token besides.
         **({} if described.integration is None else {"integration": described.integration}),
         "precision": precision.value,
@@ -224,17 +224,20 @@ def load(folder: Path, config: EvalConfig, questions: Sequence[Question] = ()) -
             **{name: version(name) for name in ("anchorformer", "torch", "transformers")},
         },
     }
-    return ModelRespondent(
-        model, processor, config.batch_size, facts, features=features, decoding=decoding.build(model)
-    )
+    return respondent
 
 
-def _visual(processor: AnchorFormerProcessor) -> dict[str, Any]:
-    """What the language model sees of an image: of one with the most tiles, where they depend on its size."""
-    transform = processor.image_transform
+def _visual(
+    processor: AnchorFormerProcessor, respondent: ModelRespondent, questions: Sequence[Question]
+) -> dict[str, Any]:
+    """What the language model sees of an image: of one with the most tiles, where they depend on its size; where they
+    depend on what it shows, the mean of some of those that are asked about."""
+    transform, fixed = processor.image_transform, processor.num_image_tokens
     tiling = transform.tiling
     return {
-        "visual_tokens_per_image": processor.num_image_tokens * tiling.views(max(tiling.counts)),
+        "visual_tokens_per_image": respondent.tokens_per_image(questions)
+        if fixed is None
+        else fixed * tiling.views(max(tiling.counts)),
         "image_size": transform.image_size,
         **({"tiling": to_plain(tiling)} if tiling.grids else {}),
     }

@@ -38,7 +38,7 @@ from train.stage import freeze
 CONF = Path(__file__).resolve().parents[1] / "conf"
 SMALL = {
     "num_anchors": 9, "num_queries": 4, "depth": 2, "num_heads": 2, "head_dim": 8, "ff_mult": 2, "width": 16,
-    "ff_width": 24, "positions": 16, "neighbours": 4,
+    "ff_width": 24, "positions": 16, "neighbours": 4, "low_layer": 1, "deep_layer": -1,
 }  # fmt: skip
 """The shipped YAMLs at the size of towers with 16 patches and 4 heads; null and 0 stay what they are."""
 
@@ -59,8 +59,14 @@ TEXTS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: LlamaConfig(**TEXT, tie_word_embeddings=False),
     "qwen2": lambda: Qwen2Config(**TEXT, tie_word_embeddings=True),
 }
-NEED_CLS = {"anchor", "average", "cls_similarity", "fastervlm", "prumerge_plus", "visionzip", "vtc_cls"}
+NEED_CLS = {
+    "anchor", "average", "cls_similarity", "correlation", "fastervlm", "prumerge_plus", "visionzip", "vtc_cls",
+}  # fmt: skip
 """Selectors that compare with [CLS], and so do not go with SigLIP."""
+
+RAGGED = {"correlation"}
+"""Selectors of which images have different numbers of anchors, for connectors that map each by itself."""
+MAP_EACH = {"anchor_former", "anchor_former_tiny", "identity", "mlp"}
 
 STAGE = run_config(FINETUNE).stage
 
@@ -85,7 +91,8 @@ CONNECTORS, SELECTORS = _specs("connector"), _specs("selector")
 
 
 def _is_allowed(row: Row) -> bool:
-    return row["tower"] in WITH_CLS or row["selector"] not in NEED_CLS
+    goes_together = row["selector"] not in RAGGED or row["connector"] in MAP_EACH
+    return goes_together and (row["tower"] in WITH_CLS or row["selector"] not in NEED_CLS)
 
 
 def _product() -> list[Row]:
@@ -167,7 +174,8 @@ def _check(rows: list[Row], folder: Path, saved_by: tuple[tuple[str, ...], ...])
 
 def test_any_two_parts_go_together(tmp_path: Path) -> None:
     rows = _cover([row for row in _product() if _is_allowed(row)])
-    assert len(rows) == len(CONNECTORS) * len(SELECTORS)
+    refused = len(RAGGED) * len(set(CONNECTORS) - MAP_EACH)
+    assert len(rows) == len(CONNECTORS) * len(SELECTORS) - refused
     _check(rows, tmp_path, (("connector",), ("selector",), ("tower", "text")))
 
 
@@ -204,9 +212,10 @@ def backbones(tiny_backbones: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def test_from_published_files_to_a_trained_folder(backbones: Path, tmp_path: Path, tower: str, text: str) -> None:
     """By the way that every run takes; each pair of backbones with parts of its own."""
     turn = [*itertools.product(TOWERS, TEXTS)].index((tower, text))
-    selectors = [name for name in SELECTORS if _is_allowed({"tower": tower, "selector": name})]
-    selector = SELECTORS[selectors[turn % len(selectors)]]
-    connector = CONNECTORS[[*CONNECTORS][(3 * turn + 1) % len(CONNECTORS)]]
+    connector_name = [*CONNECTORS][(3 * turn + 1) % len(CONNECTORS)]
+    parts = {"tower": tower, "connector": connector_name}
+    selectors = [name for name in SELECTORS if _is_allowed(parts | {"selector": name})]
+    selector, connector = SELECTORS[selectors[turn % len(selectors)]], CONNECTORS[connector_name]
     start = assemble(
         str(backbones / tower), str(backbones / text), selector, connector, tmp_path / "start", template="chat"
     )
@@ -217,6 +226,13 @@ def test_from_published_files_to_a_trained_folder(backbones: Path, tmp_path: Pat
     done = derive_folder(start, trained, tmp_path / "done")
     check_folder(done, selector, connector, every_hash=True)
     _same_as_saved(model, done, batch)
+
+
+@pytest.mark.parametrize("connector", sorted(set(CONNECTORS) - MAP_EACH))
+def test_connectors_with_queries_of_their_own_refuse_other_numbers_of_anchors(connector: str) -> None:
+    for selector in RAGGED:
+        with pytest.raises(UserError, match="does not map each anchor by itself"):
+            _model({"connector": connector, "selector": selector, "tower": "clip", "text": "llama"})
 
 
 @pytest.mark.parametrize("selector", sorted(NEED_CLS))

@@ -17,7 +17,7 @@ import yaml
 from anchorformer.errors import UserError
 from anchorformer.schema import parse_plugin, plugin_to_plain, to_plain
 from data.mixture import Mixture, open_sources
-from train.config import RunConfig
+from train.config import Part, RunConfig
 from train.observe.checks import check_shown
 from train.plan.fit import settle
 from train.run import environment
@@ -52,8 +52,12 @@ def prepare(config: RunConfig, command: Sequence[str], *, starts_here: bool = Tr
     if is_new:
         start = make_start_folder(config)
         _check_adapter(config, start)
-        check_samples(config, start)
-        _fill_cache(config, start)
+        if _is_ragged(config):  # how long samples are is known once their images were looked at
+            _fill_cache(config, start)
+            check_samples(config, start)
+        else:
+            check_samples(config, start)
+            _fill_cache(config, start)
         _create(folder.path, config.resume != "never")
     with acquired(folder.path):
         if is_new:
@@ -134,11 +138,27 @@ def check_parts(config: RunConfig) -> RunConfig:
 
     selector = parse_plugin(SelectorConfig, config.model.selector, SELECTORS, "model.selector")
     connector = parse_plugin(ConnectorConfig, config.model.connector, CONNECTORS, "model.connector")
+    if selector.ragged:
+        _check_looked_first(config)
     model = replace(config.model, selector=plugin_to_plain(selector), connector=plugin_to_plain(connector))
     if model.integration is not None:
         integration = parse_plugin(IntegrationConfig, model.integration, INTEGRATIONS, "model.integration")
         model = replace(model, integration=plugin_to_plain(integration))
     return replace(config, model=model)
+
+
+def _check_looked_first(config: RunConfig) -> None:
+    """Where images have different numbers of anchors, they are looked at before the run, by a tower that stays."""
+    if Part.vision_tower in config.stage.trains:
+        raise UserError(
+            "a selector whose number of anchors depends on the image needs a frozen vision tower",
+            found="stage.trains with vision_tower", expected="a tower that says the same of an image in every step",
+            remedy="train other parts, or choose a selector with num_anchors",
+        )  # fmt: skip
+    if config.data.feature_cache is None:
+        from data.counted import needs_cache  # imports torch
+
+        raise needs_cache()
 
 
 def make_start_folder(config: RunConfig) -> Path:
@@ -190,9 +210,11 @@ def check_samples(config: RunConfig, start: Path) -> None:
 
     import anchorformer.auto  # noqa: F401 (makes the processor known to transformers)
     from data.loader import num_steps  # imports torch
+    from train.features import own_cache
 
     processor = AutoProcessor.from_pretrained(start, local_files_only=True)
-    mixture = Mixture(config.data, processor.with_template(config.stage.template))
+    features = own_cache(config, start) if processor.needs_token_counts else None
+    mixture = Mixture(config.data, processor.with_template(config.stage.template), features)
     if config.profiled is not None:
         config.profiled.check(num_steps(config.stage, len(mixture)))
 
@@ -233,6 +255,13 @@ def _runs_near(path: Path, output_root: Path) -> list[Path]:
         runs = [config.parent for depth in ("*", "*/*") for config in output_root.glob(f"{depth}/config.yaml")]
         near = [Path(name) for name in difflib.get_close_matches(str(path), [str(run) for run in sorted(runs)])]
     return list(dict.fromkeys(near))[:3]
+
+
+def _is_ragged(config: RunConfig) -> bool:
+    """Whether images have different numbers of anchors."""
+    from anchorformer.selectors.base import PACKAGE, SelectorConfig  # imports torch
+
+    return parse_plugin(SelectorConfig, config.model.selector, PACKAGE, "model.selector").ragged
 
 
 def _environment(folder: RunFolder, command: Sequence[str]) -> dict[str, Any]:

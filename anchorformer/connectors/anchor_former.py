@@ -18,6 +18,7 @@ class AnchorFormerConnectorConfig(CrossStackConfig):
     """Cross-attention stack with the anchors as queries."""
 
     spans_tiles = True
+    maps_each = True
 
     width: Annotated[int, Field(ge=1)] | None = None
     """Width of the stack; null for the vision tower's, as published, another one with a linear layer before it."""

@@ -21,6 +21,9 @@ class ConnectorConfig(Schema):
 
     spans_tiles: ClassVar[bool] = False
     """Whether all tiles of an image can be one view: it needs no raster of patches, and heeds `mask_BN`."""
+    maps_each: ClassVar[bool] = False
+    """Whether each anchor becomes one embedding that does not depend on the other anchors, so that images may have
+    different numbers of them: what shorter rows are padded with is computed and thrown away."""
 
     def count(self, num_tokens: int, num_anchors: int, has_cls: bool) -> int:
         """Embeddings per image for a tower of `num_tokens` visual tokens and a selector of `num_anchors`.

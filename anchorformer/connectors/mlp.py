@@ -17,6 +17,7 @@ class MlpConfig(ConnectorConfig):
     """LLaVA-1.5's mlp2x_gelu; with selector `all` this is LLaVA's own connector on every patch."""
 
     spans_tiles = True
+    maps_each = True
 
     def build(self, vision_width: int, text_width: int) -> Mlp:
         return Mlp(vision_width, text_width)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
@@ -31,12 +32,38 @@ class Sight(NamedTuple):
     """What answers about some images are generated from.
 
     Attributes:
-        embeds_XTD: visual embeddings of each view, which the prompt has placeholders for.
-        contrast_XKD: those of the same views that the decoding compares with; None where it compares with nothing.
+        embeds: what `encode_images` says of their views.
+        counts: how many placeholders each view stands for.
+        contrast_XKD: embeddings of the same views that the decoding compares with; None where it compares with nothing.
     """
 
-    embeds_XTD: Tensor
+    embeds: Tensor
+    counts: tuple[int, ...]
     contrast_XKD: Tensor | None = None
+
+    def split(self, views: Sequence[int]) -> list[Sight]:
+        """Of each image by itself.
+
+        Args:
+            views: of each image.
+        """
+        left, contrasts = iter(self.counts), [None] * len(views)
+        counts = [tuple(next(left) for _ in range(each)) for each in views]
+        rows = list(views) if self.embeds.ndim == 3 else [sum(each) for each in counts]
+        if self.contrast_XKD is not None:
+            contrasts = self.contrast_XKD.split(list(views))
+        return [Sight(*own) for own in zip(self.embeds.split(rows), counts, contrasts, strict=True)]
+
+    @classmethod
+    def of(cls, sights: Sequence[Sight]) -> Sight | None:
+        """Of several images together; None where there are none."""
+        if not sights:
+            return None
+        contrasts = [sight.contrast_XKD for sight in sights if sight.contrast_XKD is not None]
+        return cls(
+            torch.cat([sight.embeds for sight in sights]), tuple(count for sight in sights for count in sight.counts),
+            torch.cat(contrasts) if contrasts else None,
+        )  # fmt: skip
 
 
 class Decoding:

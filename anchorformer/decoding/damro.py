@@ -100,7 +100,7 @@ class Damro(Decoding):
             )  # fmt: skip
         model = self.model
         features = self._tower(normalise(tiles_B3HW, model.config.image_mean, model.config.image_std))
-        return Sight(model.encode_images(tiles_B3HW, tile_counts, features), self._contrast(features))
+        return Sight(*model.encode_views(tiles_B3HW, tile_counts, features), self._contrast(features))
 
     def logits_processors(self, input_ids_BL: Tensor, mask_BL: Tensor, sight: Sight | None) -> LogitsProcessorList:
         if sight is None or sight.contrast_XKD is None:
@@ -152,7 +152,7 @@ class Contrast(LogitsProcessor):
         self._model, self._config = model, config
         self._embeds_XKD = needed(sight.contrast_XKD)
         self._is_about_images_B = (input_ids_BL == model.image_token_id).any(1)
-        self._ids_BL, self._mask_BL = self._prompt(input_ids_BL, mask_BL, sight.embeds_XTD.shape[1])
+        self._ids_BL, self._mask_BL = self._prompt(input_ids_BL, mask_BL, sight.counts)
         self._cache = DynamicCache()
 
     @torch.no_grad()
@@ -184,16 +184,15 @@ class Contrast(LogitsProcessor):
         changed_BD = contrasted(scores, other_BD, self._config.alpha, self._config.beta)
         return torch.where(self._is_about_images_B[:, None], changed_BD, scores)
 
-    def _prompt(self, input_ids_BL: Tensor, mask_BL: Tensor, per_view: int) -> tuple[Tensor, Tensor]:
+    def _prompt(self, input_ids_BL: Tensor, mask_BL: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The prompts with as many placeholders for a view as it has embeddings here, and their mask; left-padded."""
-        shown = self._embeds_XKD.shape[1]
-        rows = []
-        for ids_L, is_real_L in zip(input_ids_BL, mask_BL.bool(), strict=True):
-            ids_S = ids_L[is_real_L]
-            is_image_S = ids_S == self._model.image_token_id
-            begins_view_S = is_image_S & ((is_image_S.cumsum(0) - 1) % per_view == 0)
-            times_S = torch.where(is_image_S, begins_view_S * shown, 1)
-            rows.append(ids_S.repeat_interleave(times_S))
+        shown, device = self._embeds_XKD.shape[1], input_ids_BL.device
+        begins_R = torch.tensor(
+            [begins for count in counts for begins in [True] + [False] * (count - 1)], device=device
+        )
+        is_image_BL = input_ids_BL == self._model.image_token_id
+        times_BL = torch.ones_like(input_ids_BL).masked_scatter(is_image_BL, begins_R * shown) * mask_BL
+        rows = [ids_L.repeat_interleave(times_L) for ids_L, times_L in zip(input_ids_BL, times_BL, strict=True)]
         padding = int(self._model.image_token_id == 0)  # any id that stands for no embedding
         masks = [mask_BL.new_ones(len(row)) for row in rows]
         ids_BL = pad_sequence(rows, batch_first=True, padding_value=padding, padding_side="left")

@@ -27,7 +27,7 @@ class Greedy(Decoding):
     def see(
         self, tiles_B3HW: Tensor, tile_counts: Sequence[int] | None = None, features: VisionFeatures | None = None
     ) -> Sight:
-        return Sight(self.model.encode_images(tiles_B3HW, tile_counts, features))
+        return Sight(*self.model.encode_views(tiles_B3HW, tile_counts, features))
 
     def logits_processors(self, input_ids_BL: Tensor, mask_BL: Tensor, sight: Sight | None) -> LogitsProcessorList:
         return LogitsProcessorList()

@@ -19,7 +19,7 @@ BUDGETS = ("num_anchors", "window")
 """Fields of which one decides how many anchors a selector gives."""
 
 Choices = dict[str, dict[int, SelectorConfig]]
-"""Name of a selector -> every T that it can give -> its config."""
+"""Name of a selector -> every T that it can give -> its config; the largest T alone where the image decides."""
 
 
 def choices(model: AnchorFormerForConditionalGeneration) -> Choices:
@@ -35,13 +35,13 @@ def choices(model: AnchorFormerForConditionalGeneration) -> Choices:
         spec = read_selector([f"selector={info.name}", f"selector.layer={own.layer}"])
         config = parse_plugin(SelectorConfig, spec, selectors.__name__, info.name)
         config = own if type(own) is type(config) else config
-        if _is_served(config, model.vision_tower) and (by_count := _by_count(config, model)):
+        if _is_served(config, model) and (by_count := _by_count(config, model)):
             found[info.name] = by_count
     return found
 
 
 def trained_with(model: AnchorFormerForConditionalGeneration) -> tuple[str, int]:
-    """Name and T of the model's own selector."""
+    """Name and T of the model's own selector; T is the largest where images have different numbers of anchors."""
     own, _ = parse_parts(model.config.selector, model.config.connector)
     return type(own).__module__.rpartition(".")[2], _count(own, model)
 
@@ -83,7 +83,7 @@ def _count(config: SelectorConfig, model: AnchorFormerForConditionalGeneration) 
     return config.count(tokens, tower.num_heads, tower.has_cls)
 
 
-def _embeddings(config: SelectorConfig, model: AnchorFormerForConditionalGeneration) -> int:
+def _embeddings(config: SelectorConfig, model: AnchorFormerForConditionalGeneration) -> int | None:
     tower = model.vision_tower
     _, connector = parse_parts(model.config.selector, model.config.connector)
     return embeddings_per_view(model.tiling, config, connector, tower.num_tokens, tower.num_heads, tower.has_cls)

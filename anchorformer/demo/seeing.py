@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -69,21 +70,31 @@ def see(model: AnchorFormerForConditionalGeneration, answer: Answer) -> Sight:
         hook.remove()
     [(features, anchors)] = looked
     weights_S = torch.stack(watch.layers).mean(0)
-    weights_VT = weights_S[ids_1S[0] == model.image_token_id].view(-1, model.num_image_tokens)
+    weights_R = weights_S[ids_1S[0] == model.image_token_id]
+    weights_VT = _by_view(weights_R, len(anchors.tokens_BTV), anchors.sizes)
     patches = model.vision_tower.num_tokens - model.vision_tower.has_cls
     heads_VN, num_heads = heads_of(features, anchors)
     attention_VN = None
     if anchors.indices_BT is not None and follows_anchors(model):
-        attention_VN = weights_VT.new_zeros(features.tokens_BNV.shape[:2]).scatter_(1, anchors.indices_BT, weights_VT)
+        attention_VN = weights_VT.new_zeros(features.tokens_BNV.shape[:2]).scatter_add_(
+            1, anchors.indices_BT, weights_VT
+        )
 
     def by_tile(x_VN: Tensor | None) -> Tensor | None:
         return None if x_VN is None else x_VN[:, int(features.has_cls) :].reshape(-1, patches).cpu()
 
     keeps_cls = features.has_cls and heads_VN is not None and bool((heads_VN[:, 0] != NO_ANCHOR).any())
     return Sight(
-        tiles_B3HW.cpu(), by_tile(heads_VN), num_heads, by_tile(attention_VN), float(weights_VT.sum()),
+        tiles_B3HW.cpu(), by_tile(heads_VN), num_heads, by_tile(attention_VN), float(weights_R.sum()),
         float(attention_VN[:, 0].sum()) if attention_VN is not None and keeps_cls else None,
     )  # fmt: skip
+
+
+def _by_view(weights_R: Tensor, views: int, sizes: Sequence[int] | None) -> Tensor:
+    """Something of each embedding as (views, T); rows of fewer embeddings end with zeros."""
+    if sizes is None:
+        return weights_R.view(views, -1)
+    return pad_sequence(weights_R.split(list(sizes)), batch_first=True)
 
 
 def heads_of(features: VisionFeatures, anchors: Anchors) -> tuple[Tensor | None, int]:

@@ -93,6 +93,8 @@ class Session:
         if (selector, count) != (name, trained):
             told.append(f"The connector was trained with `{name}`, T = {trained}, and meets `{selector}`, T = {count}, "
                         "for the first time.")  # fmt: skip
+        if self.choices[selector][count].ragged:
+            told.append(f"`{selector}` gives every image as many anchors as it shows something, at most T.")
         if sight.heads_BP is None:
             told.append(f"`{selector}` merges patches: none is an anchor.")
         elif sight.num_heads == 1:

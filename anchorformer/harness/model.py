@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -18,10 +19,12 @@ from tqdm import tqdm
 import anchorformer.auto  # noqa: F401  (makes the processor known to AutoProcessor)
 from anchorformer import hub
 from anchorformer.contracts import IGNORE_INDEX
+from anchorformer.decoding.greedy import Greedy
 from anchorformer.errors import UserError
 from anchorformer.harness.requests import Asked, Decoding, from_text
 from anchorformer.messages import read_messages
 from anchorformer.processing import AnchorFormerProcessor
+from anchorformer.seen import look
 from anchorformer.weights import check_folder, load_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -116,24 +119,27 @@ class AnchorFormerSimple(lmms):
         """
         found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         for _, places in self._batches(requests, "reading"):
-            examples = []
+            read = []
             for place in places:
                 text, target, to_visual, *where = requests[place].args
                 document = self._document(*where)
                 (turns, images), answer = from_text(text, to_visual(document)), target
                 if callable(target):
                     answer = target(document)
-                examples.append(self.processor.encode([*turns, ("assistant", answer)], images, sample_id=str(where)))
+                read.append(([*turns, ("assistant", answer)], images, str(where)))
+            counts, seen = self._look([images for _, images, _ in read])
+            examples = [
+                self.processor.encode(turns, images, sample_id=name, token_counts=own)
+                for (turns, images, name), own in zip(read, counts, strict=True)
+            ]
             inputs = self.processor.pad([example.input_ids_S for example in examples])
             labels_BL = torch.stack([_left(example.labels_S, inputs["input_ids"].shape[1]) for example in examples])
-            tiles_B3HW = torch.cat([example.tiles_B3HW for example in examples])
-            counts = [count for each in examples for count in each.tile_counts or (1,) * each.tiles_B3HW.shape[0]]
             mask_BL = inputs["attention_mask"].to(self.device)
             kept = 1 + max(int((labels_S != IGNORE_INDEX).sum()) for labels_S in labels_BL)  # rows end with the answer
             logits_BLD = self.model(
                 input_ids=inputs["input_ids"].to(self.device), attention_mask=mask_BL,
                 position_ids=(mask_BL.cumsum(1) - 1).clamp(min=0), logits_to_keep=kept, use_cache=False,
-                **({"pixel_values": tiles_B3HW.to(self.device), "tile_counts": counts} if counts else {}),
+                **seen,
             ).logits[:, :-1]  # fmt: skip
             for place, logits_LD, labels_L in zip(places, logits_BLD, labels_BL[:, 1 - kept :], strict=True):
                 at_L = labels_L != IGNORE_INDEX
@@ -172,13 +178,24 @@ class AnchorFormerSimple(lmms):
                     yield Decoding.read(options), batch
                     bar.update(len(batch))
 
+    def _look(self, images: Sequence[Sequence[Image.Image]]) -> tuple[list[list[tuple[int, ...]]], dict[str, Tensor]]:
+        """For each question the embeddings of its images' views, and what the model is told of all images."""
+        looks = look(Greedy(self.model), self.processor, [image for own in images for image in own])
+        left = iter(looks)
+        counts = [[next(left).counts for _ in own] for own in images]
+        return counts, {"image_embeds": torch.cat([each.embeds for each in looks])} if looks else {}
+
     @torch.no_grad()
     def _answers(self, asked: Sequence[Asked], decoding: Decoding) -> list[str]:
-        inputs = self.processor([item.images for item in asked], conversations=[item.turns for item in asked])
+        counts, seen = self._look([item.images for item in asked])
+        inputs = self.processor.pad([
+            self.processor.prompt(item.turns, item.images, token_counts=own)
+            for item, own in zip(asked, counts, strict=True)
+        ])  # fmt: skip
         tokenizer = self.processor.tokenizer
         stops = {"stop_strings": list(decoding.until), "tokenizer": tokenizer} if decoding.until else {}
         ids_BL = self.model.generate(
-            **inputs.to(self.device), **decoding.arguments, **stops, eos_token_id=self.processor.stop_token_ids
+            **inputs.to(self.device), **seen, **decoding.arguments, **stops, eos_token_id=self.processor.stop_token_ids
         )
         new_BL = ids_BL[:, inputs["input_ids"].shape[1] :]
         return [decoding.cut(text) for text in tokenizer.batch_decode(new_BL, skip_special_tokens=True)]

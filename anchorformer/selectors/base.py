@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
@@ -26,6 +27,8 @@ class SelectorConfig(Schema):
 
     spans_tiles: ClassVar[bool] = False
     """Whether the rule holds for patches in any arrangement, so that all tiles of an image can be one view."""
+    ragged: ClassVar[bool] = False
+    """Whether images have different numbers of anchors, by what they show; it builds a `RaggedSelector`."""
 
     layer: int = -2
     """Hidden state that tokens and scores are read from, counted as Hugging Face does (-2: the last but one block)."""
@@ -41,7 +44,8 @@ class SelectorConfig(Schema):
         return self.needs.cls
 
     def count(self, num_tokens: int, num_heads: int, has_cls: bool) -> int:
-        """Anchors per image for a tower of `num_tokens` visual tokens ([CLS] counted) and `num_heads` heads.
+        """Anchors per image for a tower of `num_tokens` visual tokens ([CLS] counted) and `num_heads` heads; where
+        images have different numbers, the largest that is possible.
 
         Raises:
             UserError: the tower cannot serve this selector (no [CLS], too few tokens, heads that do not divide T-1).
@@ -58,6 +62,31 @@ class Selector(nn.Module):
 
     def forward(self, features: VisionFeatures) -> Anchors:
         raise NotImplementedError
+
+
+class RaggedSelector(Selector):
+    """Chooses another number of tokens for every image; the host waits for these numbers where they are not known.
+
+    A choice may hang on the last bit of a matrix product, and text is laid out by its size. So it can be made once,
+    right behind the tower, and kept with the features (`decided`): whatever reads them selects the same tokens.
+    """
+
+    def choose(self, features: VisionFeatures) -> Tensor:
+        """The anchors of each image, at least one: bool (B, N), without host synchronisation."""
+        raise NotImplementedError
+
+    def decided(self, features: VisionFeatures) -> VisionFeatures:
+        """The tokens and which of them are chosen, without what only the choice needs."""
+        return VisionFeatures(features.tokens_BNV, None, features.has_cls, chosen_BN=self.choose(features))
+
+    def forward(self, features: VisionFeatures) -> Anchors:
+        chosen_BN = self.choose(features) if features.chosen_BN is None else features.chosen_BN
+        sizes = features.num_chosen or tuple(chosen_BN.sum(1).tolist())
+        # A stable sort puts the chosen tokens first, in their order; shorter rows repeat their last one.
+        indices_BN = (~chosen_BN).byte().argsort(dim=1, stable=True)
+        places_BT = torch.arange(max(sizes, default=0), device=chosen_BN.device).expand(len(sizes), -1)
+        places_BT = places_BT.minimum(chosen_BN.sum(1, keepdim=True) - 1)
+        return replace(anchors_at(features, indices_BN.gather(1, places_BT)), sizes=sizes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,14 +12,15 @@ from torch import Tensor
 from anchorformer.contracts import VisionFeatures, VisionNeeds
 from anchorformer.selectors.base import ClsAndPatches, ClsAndPatchesConfig, needed, patches_of
 
-_WORD = 0xFFFFFFFF
+MAX_SEED = 0xFFFFFFFF
+_WORD = MAX_SEED
 
 
 @dataclass(frozen=True, kw_only=True)
 class RandomSelectorConfig(ClsAndPatchesConfig):
     """[CLS] where the tower has one, and patches drawn without replacement."""
 
-    seed: Annotated[int, Field(ge=0, le=_WORD)] = 0
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
     """Another seed draws other patches. It is the selector's own: the seed of a run changes nothing here."""
     per_image: bool = True
     """Whether every image gets patches of its own; false draws once for all of them."""
@@ -45,9 +46,14 @@ class RandomSelector(ClsAndPatches):
         batch, num_patches = patches_of(features.tokens_BNV, features).shape[:2]
         device = features.tokens_BNV.device
         key_B = needed(features.image_key_B) if self.per_image else torch.zeros(batch, dtype=torch.int64, device=device)
-        image_B1 = _mix(key_B ^ self.seed * 0x9E3779B1 & _WORD).unsqueeze(1)
-        patch_P = _mix(torch.arange(1, num_patches + 1, device=device))
-        return (_mix(image_B1 ^ patch_P) >> 8).float()  # 24 bits, which fp32 holds exactly
+        return (hashes(key_B, self.seed, num_patches) >> 8).float()  # 24 bits, which fp32 holds exactly
+
+
+def hashes(image_key_B: Tensor, seed: int, num_patches: int) -> Tensor:
+    """A number from 0 to 2**32 - 1 for each patch of each image, int64 (B, P), made of seed, image and position."""
+    image_B1 = _mix(image_key_B ^ seed * 0x9E3779B1 & _WORD).unsqueeze(1)
+    patch_P = _mix(torch.arange(1, num_patches + 1, device=image_key_B.device))
+    return _mix(image_B1 ^ patch_P)
 
 
 def _mix(x: Tensor) -> Tensor:

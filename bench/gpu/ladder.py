@@ -21,6 +21,7 @@ from bench.gpu.shapes import (
     Length,
     build_language_model,
     build_model,
+    image_tokens,
     make_examples,
     plan_shapes,
     read_lengths,
@@ -154,7 +155,7 @@ class Ladder:
         self.batch = 2 if session.tiny else self.stage_config.global_batch // RANKS
         self.language_model = build_language_model(scale)
         self.model = build_model(scale, KIND, self.language_model)
-        self.samples = draw(stage, lengths, self.model.num_image_tokens, self.batch)
+        self.samples = draw(stage, lengths, image_tokens(self.model), self.batch)
         self.examples = make_examples(self.model, self.samples.lengths)
         self.supervised = sum(length.supervised for length in self.samples.lengths)
         self.parts = {
@@ -185,7 +186,7 @@ class Ladder:
 
     def _seconds(self, switches: Switches) -> float:
         """About how long a rung takes: all ranks and one more to warm up, at three tenths of what the card can do."""
-        counts = [length.positions(self.model.num_image_tokens) for length in self.samples.lengths]
+        counts = [length.positions(image_tokens(self.model)) for length in self.samples.lengths]
         share = self.samples.packed_share if switches.packed else self.samples.padded_share
         work = Work(
             positions=sum(counts) / share, squares=sum(count**2 for count in counts) / share,
@@ -257,7 +258,7 @@ class Ladder:
 
     def _heaviest(self, *, packed: bool) -> int:
         """The rank with the most positions to compute: its step fills the allocator's cache for all."""
-        counts = [length.positions(self.model.num_image_tokens) for length in self.samples.lengths]
+        counts = [length.positions(image_tokens(self.model)) for length in self.samples.lengths]
         loads = (
             [sum(counts[number] for micro in micros for number in micro) for micros in self.samples.dealt]
             if packed

@@ -211,6 +211,12 @@ class Length:
         return self.text + self.images * num_image_tokens
 
 
+def image_tokens(model: AnchorFormerForConditionalGeneration) -> int:
+    """Embeddings of an image; benchmarks are of models that have a fixed number."""
+    assert model.num_image_tokens is not None
+    return model.num_image_tokens
+
+
 def make_examples(
     model: AnchorFormerForConditionalGeneration, lengths: Sequence[Length], seed: int = 0
 ) -> list[Example]:
@@ -220,7 +226,7 @@ def make_examples(
     examples = []
     for number, length in enumerate(lengths):
         words = torch.randint(0, placeholder, (length.text,), generator=generator)
-        image = torch.full((length.images * model.num_image_tokens,), placeholder)
+        image = torch.full((length.images * image_tokens(model),), placeholder)
         ids = torch.cat([words[:1], image, words[1:]])
         labels = ids.clone()
         labels[: len(ids) - length.supervised] = IGNORE_INDEX

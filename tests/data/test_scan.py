@@ -316,3 +316,13 @@ def test_scan_names_unreadable_real_files(
     kinds = Counter((source, finding.defect) for source, _, finding in report.findings)
     assert kinds["pointers", Defect.unreadable] == total
     assert kinds["native", Defect.mislabelled] > 0, "JPEG bytes under .png"
+
+
+def test_a_model_that_has_to_look_first_is_not_scanned_with(
+    processor: AnchorFormerProcessor, corpus: Any, tmp_path: Path
+) -> None:
+    looks = AnchorFormerProcessor(processor.image_transform, processor.tokenizer, None, template="chat")
+    looks.save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="a scan runs no model") as caught:
+        _opened([*_write_group(corpus), f"processor={tmp_path / 'model'}"])
+    assert "num_image_tokens=200" in caught.value.remedy

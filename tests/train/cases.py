@@ -61,12 +61,13 @@ def examples_for(model: Any, seed: int = 0) -> list[Example]:
         length = int(torch.randint(4, 18, (1,), generator=generator))
         text = torch.randint(5, min(vocabulary, placeholder), (length,), generator=generator)
         tiles_of = [model.tiling.counts[number % len(model.tiling.counts)]] if has_image else []
-        image = torch.full((model.num_image_tokens * sum(map(model.tiling.views, tiles_of)),), placeholder)
-        ids = torch.cat([text[:2], image, text[2:]])
+        tiles = torch.randint(0, 256, (sum(tiles_of), 3, side, side), dtype=torch.uint8, generator=generator)
+        counts = None if model.num_image_tokens is not None else seen(model, tiles, tiles_of)
+        positions = sum(counts or (model.num_image_tokens or 0,) * sum(map(model.tiling.views, tiles_of)))
+        ids = torch.cat([text[:2], torch.full((positions,), placeholder), text[2:]])
         labels = ids.clone()
         num_targets = 0 if number == 7 else 1 + number
         labels[: len(ids) - num_targets] = IGNORE_INDEX
-        tiles = torch.randint(0, 256, (sum(tiles_of), 3, side, side), dtype=torch.uint8, generator=generator)
         examples.append(
             Example(
                 sample_id=f"s{number}",
@@ -74,9 +75,16 @@ def examples_for(model: Any, seed: int = 0) -> list[Example]:
                 labels_S=labels,
                 tiles_B3HW=tiles,
                 tile_counts=tuple(tiles_of),
+                token_counts=counts,
             )
         )
     return examples
+
+
+@torch.no_grad()
+def seen(model: Any, tiles_B3HW: torch.Tensor, tile_counts: Sequence[int]) -> tuple[int, ...]:
+    """Embeddings of each tile, of a model of which the image decides."""
+    return model.encode_views(tiles_B3HW, tile_counts)[1] if tile_counts else ()  # type: ignore[no-any-return]
 
 
 def filler_for(model: Any) -> Example:

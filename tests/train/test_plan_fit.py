@@ -201,6 +201,14 @@ def test_the_command(capsys: Any) -> None:
     assert float(cost) == pytest.approx(float(hours) * 8 * 2, rel=0.02)
 
 
+def test_a_number_of_anchors_that_the_image_decides_is_expected_and_said(capsys: Any) -> None:
+    words = ["experiment=paper_7b", "stage=align", "hardware=a100x8", "selector=correlation", "tiling=grid_2x2_global"]
+    assert plan.main([*words, "data.feature_cache=f"]) == 0
+    assert "tiles of 196 (expected: model.selector.expected_share; 576 at most)" in capsys.readouterr().out
+    assert plan.main([*words, "data.feature_cache=f", "model.selector.expected_share=1.0"]) == 0
+    assert "tiles of 576 (expected" in capsys.readouterr().out
+
+
 def test_a_plan_without_a_card_is_still_a_plan(capsys: Any) -> None:
     assert plan.main(["stage=align", "experiment=paper_7b", "hardware=one_gpu"]) == 0
     out = capsys.readouterr().out

@@ -59,7 +59,9 @@ def test_selectors_need_as_many_blocks_and_give_as_many_anchors_as_counted(name:
     with torch.device("meta"):
         tower = VisionTower.from_config(AutoConfig.for_model(**vision), config.needs)
     size = shapes_of(vision, LLAMA, selector, MLP)
-    assert size.connector.queries == config.count(tower.num_tokens, tower.num_heads, tower.has_cls)
+    count = config.count(tower.num_tokens, tower.num_heads, tower.has_cls)
+    expected = round(count * selector["expected_share"]) if config.ragged else count
+    assert (size.connector.queries, size.most_anchors) == (expected, count if config.ragged else None)
     assert size.vision.layers == tower.num_layers
     assert size.vision.parameters == sum(value.numel() for value in tower.parameters())
 

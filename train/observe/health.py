@@ -51,7 +51,8 @@ class Taps:
     """Listens to a model inside a `with` block; what passes is seen, never changed.
 
     The connector's attention runs fused and leaves no probabilities: they are computed a second time here, from the
-    queries and keys on their way into it.
+    queries and keys on their way into it. Where tiles of one image have different numbers of anchors, the last one of a
+    tile counts as often as its row repeats it.
     """
 
     def __init__(self, model: Any) -> None:

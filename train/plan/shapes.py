@@ -110,6 +110,8 @@ class Shapes:
     Attributes:
         tiles: most that an image is cut into.
         view: tiles that the connector looks at together, at most; its costs are those of one such view.
+        most_anchors: of a view, where the image decides how many it has: an expected number is planned with. None:
+            every view has as many.
     """
 
     vision: VisionShape
@@ -118,6 +120,7 @@ class Shapes:
     tiles: int = 1
     view: int = 1
     integration: IntegrationShape | None = None
+    most_anchors: int | None = None
 
     @property
     def parameters(self) -> dict[Part, int]:
@@ -143,8 +146,8 @@ def shapes_of(
     Raises:
         UserError: a family, selector, connector or integration whose cost is not written down here.
     """
-    read = [field_of(selector, "selector", name) for name in ("layer", *_LAYERS.get(str(selector.get(TARGET)), ()))]
-    is_whole = selector.get(TARGET) in _WHOLE_TOWER
+    target, is_whole = str(selector.get(TARGET)), selector.get(TARGET) in _WHOLE_TOWER
+    read = [field_of(selector, "selector", name) for name in ("layer", *_ALSO_READ.get(target, ()))]
     tower = _vision(vision.get("vision_config") or vision, read, is_whole)
     language_model = _text(text)
     tiles = max(tiling.counts)
@@ -157,6 +160,7 @@ def shapes_of(
     return Shapes(
         vision=tower, connector=connector_shape(connector, around), text=language_model, tiles=tiles, view=view,
         integration=None if integration is None else integration_shape(integration, around),
+        most_anchors=tower.patches if target in _RAGGED else None,
     )  # fmt: skip
 
 
@@ -289,12 +293,19 @@ def _family(
 
 _WHOLE_TOWER = ("anchorformer.selectors.cls_similarity.ClsSimilaritySelectorConfig",)
 """Selectors that read the tower's final output."""
-_LAYERS = {"anchorformer.selectors.prumerge_plus.PruMergePlusSelectorConfig": ("attention_layer",)}
+_CORRELATION = "anchorformer.selectors.correlation.CorrelationSelectorConfig"
+_ALSO_READ = {
+    "anchorformer.selectors.prumerge_plus.PruMergePlusSelectorConfig": ("attention_layer",),
+    _CORRELATION: ("low_layer", "deep_layer"),
+}
 """Fields that name layers which a selector reads beside `layer`."""
+_RAGGED = (_CORRELATION,)
+"""Selectors of which images have different numbers of anchors; `_SELECTORS` says what is expected."""
 _SELECTORS: dict[str, Callable[[Mapping[str, Any], VisionShape], int]] = {
     "anchorformer.selectors.all.AllSelectorConfig": lambda _, tower: tower.patches,
     "anchorformer.selectors.mean_pool.MeanPoolSelectorConfig": lambda spec, tower: (
         tower.has_cls + tower.patches // field_of(spec, "selector", "window") ** 2
     ),
+    _CORRELATION: lambda spec, tower: max(1, round(field_of(spec, "selector", "expected_share") * tower.patches)),
 }
 """Anchors of those that have no `num_anchors`."""

@@ -75,9 +75,11 @@ def _memory(plan: StagePlan) -> list[str]:
     choice, memory = plan.choice, plan.choice.memory
     queries = plan.shapes.connector.queries
     unit = "tiles" if plan.shapes.tiles > plan.shapes.view else "images"
+    most = plan.shapes.most_anchors
+    expected = "" if most is None else f" (expected: model.selector.expected_share; {most} at most)"
     lines = [
         f"memory of a rank with its fullest micro-batch: {choice.budget} positions, all of them targets, "
-        f"{choice.budget // queries} {unit} of {queries}",
+        f"{choice.budget // queries} {unit} of {queries}{expected}",
         *(f"{field.name:<16}{getattr(memory, field.name) / GB:>13.2f} GB" for field in fields(Memory)),
         f"{'peak':<16}{memory.total / GB:>13.2f} GB" + (f" of {plan.limit / GB:.0f}" if plan.limit else ""),
         f"activation checkpointing: {_state(choice)}",
