@@ -84,7 +84,8 @@ class CorrelationSelector(RaggedSelector):
         self.config = config
 
     def choose(self, features: VisionFeatures) -> Tensor:
-        query_BLV, keys_BLPV = needed(features.query_BLV).float(), needed(features.keys_BLNV)[:, :, 1:].float()
+        # The first two taps: others may stand behind them.
+        query_BLV, keys_BLPV = needed(features.query_BLV)[:, :2].float(), needed(features.keys_BLNV)[:, :2, 1:].float()
         logits_BLP = torch.einsum("blv,blpv->blp", query_BLV, keys_BLPV) * query_BLV.shape[-1] ** -0.5
         low_BP, deep_BP = logits_BLP.unbind(1)
         sampled_BP = self._sampled(low_BP, self._informative(keys_BLPV[:, 0]), needed(features.image_key_B))

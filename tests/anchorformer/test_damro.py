@@ -15,12 +15,14 @@ from torch import Tensor
 from anchorformer.answering import Answer
 from anchorformer.chat import chat, read_decoding
 from anchorformer.contracts import Anchors, VisionFeatures, VisionNeeds
+from anchorformer.decoding.base import Sight
 from anchorformer.decoding.damro import Damro, DamroConfig, contrasted, outlier_indices
 from anchorformer.errors import UserError
 from anchorformer.images import normalise
 from anchorformer.opening import Opened
-from anchorformer.seen import Seen
+from anchorformer.seen import Seen, look
 from anchorformer.vision import VisionTower
+from tests.anchorformer.test_correlation import TINY
 from tests.anchorformer.test_generation import ASKED, CONF, ONE, SMALL, WIDE, Case
 from tests.conftest import Assemble
 
@@ -45,7 +47,7 @@ def answers(case: Case, asked: Asked, config: DamroConfig | None, **changes: Any
     if config is not None:
         decoding = config.build(case.model)
         sight = None if tiles is None else decoding.see(tiles, counts)
-        settings["image_embeds"] = None if sight is None else sight.embeds_XTD
+        settings["image_embeds"] = None if sight is None else sight.embeds
         settings["logits_processor"] = decoding.logits_processors(inputs["input_ids"], inputs["attention_mask"], sight)
     length = inputs["input_ids"].shape[1]
     return [row[length:].tolist() for row in case.model.generate(**inputs, **settings)]
@@ -150,7 +152,7 @@ def test_without_weight_it_is_greedy_to_the_bit(tiny: Case) -> None:
     inputs = tiny.processor([[ONE]], conversations=[ASKED[0][0]])
     decoding = nothing.build(tiny.model)
     sight = decoding.see(inputs["pixel_values"], inputs.get("tile_counts"))
-    assert torch.equal(sight.embeds_XTD, tiny.model.encode_images(inputs["pixel_values"], inputs.get("tile_counts")))
+    assert torch.equal(sight.embeds, tiny.model.encode_images(inputs["pixel_values"], inputs.get("tile_counts")))
     processor = decoding.logits_processors(inputs["input_ids"], inputs["attention_mask"], sight)[0]
     scores = torch.randn(1, 50)
     found = processor(inputs["input_ids"], torch.nn.functional.pad(scores, (0, _vocabulary(tiny) - 50)))[0, :50]
@@ -175,7 +177,7 @@ def test_every_connector_has_a_contrast(path: Path, assemble_tiny: Assemble) -> 
     assert isinstance(decoding, Damro)
     tiles = case.processor.image_transform.tiles([ONE, WIDE])
     sight = decoding.see(tiles)
-    assert torch.equal(sight.embeds_XTD, model.encode_images(tiles))
+    assert torch.equal(sight.embeds, model.encode_images(tiles))
     contrast = sight.contrast_XKD
     assert contrast is not None
     follows = path.stem in ("anchor_former", "identity", "mlp")
@@ -204,6 +206,29 @@ def test_more_outliers_than_anchors_and_tiles_of_any_number(assemble_tiny: Assem
     assert answers(case, asked, config) == [plainly(case, one, config, tokens_alone(case.model)) for one in asked]
 
 
+def test_images_with_other_numbers_of_anchors_are_answered_together_as_alone(assemble_tiny: Assemble) -> None:
+    mlp = {"_target_": "anchorformer.connectors.mlp.MlpConfig"}
+    case = Case(assemble_tiny(TINY, mlp, tiling={"grids": [[1, 2], [2, 2]]}))
+    decoding, asked = DAMRO.build(case.model), [ASKED[0], ASKED[1], ASKED[3]]
+    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None}
+    sights = [look(decoding, case.processor, images) for _, images in asked]
+    assert len({count for each in sights for sight in each for count in sight.counts}) > 1
+    inputs = case.processor.pad([
+        case.processor.prompt(turns, images, token_counts=[sight.counts for sight in each])
+        for (turns, images), each in zip(asked, sights, strict=True)
+    ])  # fmt: skip
+    sight = Sight.of([sight for each in sights for sight in each])
+    assert sight is not None
+    processors = decoding.logits_processors(inputs["input_ids"], inputs["attention_mask"], sight)
+    together = case.model.generate(**inputs, image_embeds=sight.embeds, logits_processor=processors, **settings)
+    stop = case.processor.stop_token_ids
+    for row, (turns, images) in zip(together[:, inputs["input_ids"].shape[1] :].tolist(), asked, strict=True):
+        alone = Seen(case.model, case.processor, images, decoding).generate(turns, do_sample=False, max_new_tokens=6)
+        said = alone.tolist()
+        assert said == row[: len(said)]
+        assert len(said) == len(row) or said[-1] in stop
+
+
 def test_the_tap_stands_beside_what_a_selector_reads(assemble_tiny: Assemble) -> None:
     target = "anchorformer.selectors.visionzip.VisionZipSelectorConfig"
     case = Case(assemble_tiny({"_target_": target, "num_anchors": 6}))
@@ -211,7 +236,7 @@ def test_the_tap_stands_beside_what_a_selector_reads(assemble_tiny: Assemble) ->
     for layer, taps in ((None, (-2,)), (2, (-2,)), (1, (-2, 1))):
         decoding = replace(DAMRO, layer=layer).build(case.model)
         assert decoding._tower.needs.qk == taps
-        assert torch.equal(decoding.see(tiles).embeds_XTD, case.model.encode_images(tiles))
+        assert torch.equal(decoding.see(tiles).embeds, case.model.encode_images(tiles))
     assert case.model.vision_tower.needs.qk == (-2,), "the model's own tower is as it was"
 
 
