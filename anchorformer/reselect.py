@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+from anchorformer.errors import UserError
 from anchorformer.modeling import AnchorFormerForConditionalGeneration, parse_parts
 from anchorformer.processing import AnchorFormerProcessor
 from anchorformer.selectors.base import SelectorConfig
@@ -18,8 +19,8 @@ def with_selector(
     Nothing is trained: the connector meets these anchors for the first time.
 
     Raises:
-        UserError: the tower has no such layer any more, or cannot serve the selector; views that its connector or the
-            tiling cannot take.
+        UserError: the tower has no such layer any more, or cannot serve the selector; views that its connector, its
+            integration or the tiling cannot take.
     """
     tower = model.vision_tower
     shape = tower.num_tokens, tower.num_heads, tower.has_cls
@@ -27,6 +28,12 @@ def with_selector(
     other = copy.copy(model)
     other._modules = dict(model._modules)  # which a copy would share
     other.num_image_tokens = embeddings_per_view(model.tiling, selector, connector, *shape)
+    if other.num_image_tokens is None and model.integration is not None:
+        raise UserError(
+            "the model's integration takes views of one size",
+            found="a selector that gives images different numbers of anchors", expected="as many of each view",
+            remedy="choose a selector with num_anchors",
+        )  # fmt: skip
     other.selector = build_selector(model.tiling, selector, *shape)
     other.vision_tower = tower.retapped(selector.needs)
     reader = copy.copy(processor)

@@ -134,13 +134,11 @@ class VisionTower(nn.Module):
         return len(self._layers)
 
     def has_blocks_for(self, needs: VisionNeeds) -> bool:
-        """Whether what was kept is enough to tap this.
-
-        Raises:
-            UserError: the tower did not have such a layer before it was cut.
-        """
-        tapped = _resolved(needs, self.num_layers_whole)
-        last = _num_layers_needed(tapped, self.num_layers_whole)
+        """Whether what was kept is enough to tap this; it is not where no tower of so many blocks could."""
+        try:
+            last = _num_layers_needed(_resolved(needs, self.num_layers_whole), self.num_layers_whole)
+        except UserError:
+            return False
         return last <= self.num_layers and (self.needs.final or not needs.final)
 
     def counted_from_front(self, layer: int) -> int:
@@ -157,6 +155,7 @@ class VisionTower(nn.Module):
         Raises:
             UserError: it would need blocks that were cut off, or as the constructor.
         """
+        tapped = _resolved(needs, self.num_layers_whole)
         if not self.has_blocks_for(needs):
             raise UserError(
                 "the vision tower was cut before what is to be read of it", found=f"{self.num_layers} blocks, {needs}",
@@ -164,7 +163,7 @@ class VisionTower(nn.Module):
                 remedy="name an earlier layer, or assemble the model with a selector that reads a later one",
             )  # fmt: skip
         shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
-        tower = VisionTower(copy.deepcopy(self.model, shared), _resolved(needs, self.num_layers_whole))
+        tower = VisionTower(copy.deepcopy(self.model, shared), tapped)
         tower.needs, tower.num_layers_whole = needs, self.num_layers_whole
         return tower.requires_grad_(False).eval()
 

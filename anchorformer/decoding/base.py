@@ -13,8 +13,6 @@ from anchorformer.contracts import VisionFeatures
 from anchorformer.modeling import AnchorFormerForConditionalGeneration
 from anchorformer.schema import Schema
 
-PACKAGE = "anchorformer.decoding"
-
 
 class DecodingConfig(Schema):
     """Base of all decoding configs; a new one subclasses it beside its class and adds one YAML."""

@@ -22,14 +22,14 @@ def asked(groups: Sequence[Group]) -> Table:
         if not figures.lower_is_better(row)
     ))  # fmt: skip
     columns = [
-        Column("run"), Column("asked"), Column("n", "d"), *(Column(task, ".3f") for task in tasks),
+        Column("run"), Column("asked"), Column("seeds", "d"), *(Column(task, ".3f") for task in tasks),
         *([Column("mean of tasks", ".3f")] if len(tasks) > 1 else []), Column("visual tokens", "d"),
         Column("ms/question", ",.2f"), Column("peak GiB", ".3f"),
     ]  # fmt: skip
     rows = [(group.label, way, len(found), *_figures(found, tasks)) for group, way, found in ways]
     return Table(
         "asked", "How models were asked", columns, rows if {way for _, way, _ in ways} - {OWN} else [],
-        "A row per way in which a trained model was asked, right images; scores and milliseconds are means over n "
+        "A row per way in which a trained model was asked, right images; scores and milliseconds are means over "
         "seeds. What is not as trained was put before the connector, or decoded, without any training. Milliseconds "
         "are those of answers in batches; memory is the most that a process of the evaluation has held.",
     )  # fmt: skip

@@ -221,7 +221,7 @@ def test_the_neighbours_are_compared_at_one_budget() -> None:
     assert "Experimental" in config.note
     patches = {"anchor_former_tiny": 16}
     for grid, values in planning.points(config):
-        if grid != "unpruned":
+        if grid not in ("unpruned", "sampled"):
             name = values.get("selector", "anchor_former_tiny")
             keeps_cls = name in ("average", "cls_similarity", "visionzip", "anchor_former_tiny")
             patches[str(name)] = values["model.selector.num_anchors"] - keeps_cls
