@@ -41,6 +41,7 @@ def placeholders(
             f"{where}: token_counts is not of these images", found=[list(own) for own in token_counts],
             expected=f"for each image the embeddings of its views, of which they have {views}"
             + ("" if fixed is None else f", {fixed} each"),
-            remedy="pass what `anchorformer.seen.look` said of the same images, in their order",
+            remedy="pass what `anchorformer.seen.look` said of the same images, in their order; where a run says so, "
+            "images have changed: remove complete-* in its feature cache and start again",
         )  # fmt: skip
     return [sum(own) for own in token_counts]

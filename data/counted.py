@@ -130,8 +130,8 @@ def count(
     """Looks at every image of a source, where no earlier run has, and writes down how many tokens were chosen of each.
 
     Args:
-        transform, on_bad_image, num_workers: as `data.fill.fill` takes them. An image that cannot be read, and whose
-            record is never encoded, counts as the fewest tiles of one embedding.
+        transform, on_bad_image, num_workers: as `data.fill.fill` takes them. An image that cannot be read has no
+            tiles; its record is never encoded.
 
     Raises:
         UserError: as `data.fill.fill`.
@@ -143,13 +143,12 @@ def count(
         keys: dict[int, list[bytes]] = {}
         for found in filled(cache, _Usable(source), range(len(source)), transform, on_bad_image, num_workers):
             keys[found.number] = [bytes.fromhex("".join(own)) for own in found.keys]
-        unread = (1,) * transform.tiling.counts[0]
-        rows = [
-            tuple(tuple(cache.num_chosen(own[at : at + 32].hex()) for at in range(0, len(own), 32)) or unread
+        counts = [
+            tuple(tuple(cache.num_chosen(own[at : at + 32].hex()) for at in range(0, len(own), 32))
                   for own in keys[number])
             for number in range(len(source))
         ]  # fmt: skip
-        table = Table.of(rows)
+        table = Table.of(counts)
         with written_whole(path) as draft, draft.open("wb") as file:
             np.savez(file, **{name: getattr(table, name) for name in Table.__slots__})
     tokens = table.tokens if len(table.tokens) else np.zeros(1)

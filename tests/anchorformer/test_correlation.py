@@ -21,7 +21,7 @@ from anchorformer.processing import AnchorFormerProcessor
 from anchorformer.seen import Seen, look
 from anchorformer.selectors.correlation import CorrelationSelectorConfig
 from anchorformer.weights import load_model
-from tests.anchorformer.test_generation import ASKED, GREEDY, ONE, TWO, WIDE, Case
+from tests.anchorformer.test_generation import ASKED, GREEDY, ONE, TWO, WIDE, Case, Watched
 from tests.conftest import Assemble
 
 PATCHES, WIDTH, IMAGES = 64, 24, 6
@@ -271,6 +271,17 @@ def test_what_was_read_is_not_read_again(case: Case) -> None:
     ):
         fresh = Seen(case.model, case.processor, [TWO, WIDE])
         assert seen.generate(turns, **GREEDY).equal(fresh.generate(turns, **GREEDY))
+
+
+def test_no_part_of_a_view_is_kept(case: Case) -> None:
+    """Asked the same again, a prompt that ends with its images is read from where the last view begins."""
+    processor = case.processor.with_template("plain")
+    seen, watched = Seen(case.model, processor, [TWO, WIDE]), Watched(case)
+    for _ in range(2):
+        watched.read.clear()
+        seen.generate([("user", "<image><image>")], do_sample=False, max_new_tokens=2)
+    watched.close()
+    assert watched.read[0] == seen.looks[-1].counts[-1] > 1
 
 
 def test_flat_and_padded_forms_agree(case: Case) -> None:
