@@ -35,7 +35,7 @@ def choices(model: AnchorFormerForConditionalGeneration) -> Choices:
         spec = read_selector([f"selector={info.name}", f"selector.layer={own.layer}"])
         config = parse_plugin(SelectorConfig, spec, selectors.__name__, info.name)
         config = own if type(own) is type(config) else config
-        if _is_served(config, model) and (by_count := _by_count(config, model)):
+        if _is_served(config, model.vision_tower) and (by_count := _by_count(config, model)):
             found[info.name] = by_count
     return found
 
