@@ -265,6 +265,12 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, ImageGenerationMixin
         is_blank: bool, placed: Placed | None, rows: Rows,
     ) -> Any:  # fmt: skip
         """What layers are handed beside the embeddings; None where no row has an image."""
+        if placed is None and rows.before:
+            raise UserError(
+                "the integration does not know the images whose placeholders lie in the cache",
+                found=f"{rows.before} positions in past_key_values, no `placed`", expected="what generate hands on",
+                remedy="use model.generate, or forward without a cache",
+            )  # fmt: skip
         direct_BSD, own = None, self.num_image_tokens
         assert own is not None, "integrations take views of one size"
         if visual_XED is not None:
@@ -278,12 +284,6 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, ImageGenerationMixin
             if direct_XTD is not None:
                 direct_XTD = direct_XTD[:0] if is_blank else direct_XTD
                 direct_BSD = fuse(torch.zeros_like(embeds_BSD), input_ids, direct_XTD, self.image_token_id)
-        if placed is None and rows.before:
-            raise UserError(
-                "the integration does not know the images whose placeholders lie in the cache",
-                found=f"{rows.before} positions in past_key_values, no `placed`", expected="what generate hands on",
-                remedy="use model.generate, or forward without a cache",
-            )  # fmt: skip
         return integration.argument(placed, rows, direct_BSD) if placed is not None and len(placed.said_XED) else None
 
     def get_input_embeddings(self) -> nn.Module:

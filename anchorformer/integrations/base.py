@@ -28,13 +28,14 @@ class Placed:
         said_XED: what layers read of each view.
         view_RW: int64, the views of each row in order, -1 behind the last.
         start_RW: int64, the position in its row that each of them begins at; 0 behind the last.
-        kept: what layers keep of the views from one step of a generation to the next, by name; None keeps nothing.
+        kept: keys and values that layers keep of the views from one step of a generation to the next, by the place of
+            the layer among those that read; None keeps nothing.
     """
 
     said_XED: Tensor
     view_RW: Tensor
     start_RW: Tensor
-    kept: dict[Any, Any] | None = field(default=None, repr=False)
+    kept: dict[int, tuple[Tensor, Tensor]] | None = field(default=None, repr=False)
 
     def repeated(self, times: int) -> Placed:
         """Each row so many times, for beams; the views are not copied."""

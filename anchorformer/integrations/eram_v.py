@@ -165,7 +165,7 @@ class Context:
     def _keys_and_values(self, place: int, layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         kept = self._placed.kept
         if kept is not None and place in kept:
-            return cast(tuple[Tensor, Tensor], kept[place])
+            return kept[place]
         attention = layer.self_attn
         normed_XND = layer.input_layernorm(self._placed.said_XED.to(dtype))
         rows, most = self._placed.view_RW.shape

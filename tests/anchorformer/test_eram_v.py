@@ -362,8 +362,11 @@ def test_a_cache_without_its_images_is_refused(case: Case) -> None:
     inputs = case.processor([[ONE]], conversations=[ASKED[0][0]])
     cache = DynamicCache()
     case.model(**inputs, past_key_values=cache, use_cache=True)
-    with pytest.raises(UserError, match="in the cache"):
-        case.model(input_ids=torch.tensor([[7]]), past_key_values=cache, use_cache=True)
+    more = case.processor([[TWO]], conversations=[ASKED[0][0]])
+    more["attention_mask"] = torch.ones(1, cache.get_seq_length() + more["input_ids"].shape[1], dtype=torch.int64)
+    for given in ({"input_ids": torch.tensor([[7]])}, more):
+        with pytest.raises(UserError, match="in the cache"):
+            case.model(**given, past_key_values=cache, use_cache=True)
 
 
 def test_a_folder_holds_it_in_a_file_of_its_own(assemble_tiny: Assemble, tiny_folder: Path, tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_answers_and_losses_do_not_depend_on_the_batch(respondent: ModelResponde
 
 def test_what_an_image_takes_is_measured(respondent: ModelRespondent, questions: list[Question]) -> None:
     refs = dict.fromkeys(ref for item in questions for ref in item.images)
-    looks = respondent._look({ref: load_image(ref) for ref in refs})
+    looks = respondent._look({ref: load_image(ref) for ref in refs}, respondent._greedy)
     counts = [sum(each.counts) for each in looks.values()]
     assert len(set(counts)) > 1
     assert respondent.facts["visual_tokens_per_image"] == round(sum(counts) / len(counts))

@@ -53,13 +53,13 @@ def config_of(stage: str, **changes: Any) -> Any:
     return run_config(STAGES[stage], model=model, **changes)
 
 
-def steps(engine: Engine, deal: list[list[int]], gradient_of: Any) -> Any:
+def steps(engine: Engine, deal: list[list[int]], gradient_of: Any, count: int = STEPS) -> Any:
     """Loss, part norms and gradients of the last of a few steps."""
-    for number in range(STEPS):
+    for number in range(count):
         batches = batches_for(engine.model, deal, number)
         (total,) = engine.world.sum([float(sum(batch.num_supervised for batch in batches))])
         loss, norms = engine.agree(engine.accumulate(batches, int(total)))
-        if number == STEPS - 1:
+        if number == count - 1:
             found = {
                 name: gradient_of(value).clone()
                 for name, value in engine.model.named_parameters()
@@ -69,10 +69,8 @@ def steps(engine: Engine, deal: list[list[int]], gradient_of: Any) -> Any:
     return loss, norms, found
 
 
-def sharded(world: World, folder: str, stage: str, zero: int) -> Any:
-    """The same of two ranks, with no parameter kept whole because it is small."""
-    from deepspeed.utils import safe_get_full_grad
-
+def partitioned(world: World, folder: str, stage: str, zero: int) -> Engine:
+    """An engine in which no parameter is kept whole because it is small."""
     config = config_of(
         stage, engine="deepspeed", zero__stage=zero, hardware__ranks=world.size, hardware__micro_batch=1,
         hardware__activation_checkpointing="on",
@@ -88,10 +86,16 @@ def sharded(world: World, folder: str, stage: str, zero: int) -> Any:
     try:
         with loading(config, world, torch.float32):
             model = load_frozen(Path(folder), config)
-        engine = build_engine(model, config, world, total_steps=STEPS, dtype=torch.float32)
+        return build_engine(model, config, world, total_steps=STEPS, dtype=torch.float32)
     finally:
         door.deepspeed_config = own
-    found = steps(engine, DEAL[world.rank], safe_get_full_grad)
+
+
+def sharded(world: World, folder: str, stage: str, zero: int) -> Any:
+    """What `steps` gives, of two ranks."""
+    from deepspeed.utils import safe_get_full_grad
+
+    found = steps(partitioned(world, folder, stage, zero), DEAL[world.rank], safe_get_full_grad)
     return found if world.is_main else None
 
 
@@ -104,6 +108,32 @@ def test_two_ranks_learn_what_one_process_learns(folder: Path, pair: Ranks, stag
     one_process = steps(engine, [list(range(8))], lambda value: value.grad)
     assert all(value.any() for name, value in one_process[2].items() if name.startswith("integration."))
     assert_same(pair.run(sharded, folder=str(folder), stage=stage, zero=zero)[0], one_process)
+
+
+def answered(world: World, folder: str) -> Any:
+    """Answers under ZeRO-3 between two steps, with cache and without; the ranks ask about images of their own."""
+    engine = partitioned(world, folder, "finetune", 3)
+    steps(engine, DEAL[world.rank], lambda value: torch.empty(0), 1)
+    model: Any = engine.model.eval()
+    ids = torch.tensor([[1, *[model.image_token_id] * model.num_image_tokens, 9 + world.rank]])
+    pixels = torch.full((1, 3, 28, 28), 90 * world.rank, dtype=torch.uint8)
+    with torch.no_grad():
+        found = [
+            model.generate(
+                input_ids=ids, pixel_values=pixels, max_new_tokens=4, do_sample=False, eos_token_id=None,
+                use_cache=use_cache, synced_gpus=True,
+            ).tolist()
+            for use_cache in (True, False)
+        ]  # fmt: skip
+    loss, *_ = steps(engine, DEAL[world.rank], lambda value: torch.empty(0), 1)
+    return found, loss
+
+
+@pytest.mark.slow
+def test_ranks_answer_while_they_train(folder: Path, pair: Ranks) -> None:
+    for (with_cache, without), loss in pair.run(answered, folder=str(folder)):
+        assert with_cache == without
+        assert loss > 0
 
 
 def command(*words: str) -> str:
