@@ -19,10 +19,16 @@ def with_selector(
     Nothing is trained: the connector meets these anchors for the first time.
 
     Raises:
-        UserError: the tower has no such layer any more, or cannot serve the selector; views that its connector, its
-            integration or the tiling cannot take.
+        UserError: tokens of another layer than the connector knows; a tower that has no such layer any more, or cannot
+            serve the selector; views that connector, integration or tiling cannot take.
     """
     tower = model.vision_tower
+    if tower.counted_from_front(selector.layer) != tower.tapped_layer:
+        raise UserError(
+            "the connector has been trained on tokens of another layer",
+            found=f"layer={selector.layer} of the selector",
+            expected=f"layer={tower.needs.layer}, the model's own", remedy=f"set selector.layer={tower.needs.layer}",
+        )  # fmt: skip
     shape = tower.num_tokens, tower.num_heads, tower.has_cls
     _, connector = parse_parts(model.config.selector, model.config.connector)
     other = copy.copy(model)

@@ -123,14 +123,16 @@ def _other_selector(overrides: Sequence[Override]) -> list[str]:
     Raises:
         UserError: one that conf/selector does not have, or values of a selector without its name.
     """
+    # Those that are another one at another size stand on a group of the run's config, which is not here.
+    whole = [name for name in options("selector") if "defaults" not in (CONF / "selector" / f"{name}.yaml").read_text()]
     given = [name for item in overrides if item.key_or_group == "selector" for name in values(item)][-1:]
     if not given and any(item.key_or_group.startswith("selector.") for item in overrides):
         raise UserError(
             "selector.* without selector=", found="values of a selector that is not named",
-            expected=f"selector= with one of {', '.join(options('selector'))}", remedy="name the selector as well",
+            expected=f"selector= with one of {', '.join(whole)}", remedy="name the selector as well",
         )  # fmt: skip
     for name in given:
-        check_option("selector", name, options("selector"), "name a file of conf/selector")
+        check_option("selector", name, whole, "name a file of conf/selector")
     return given
 
 

@@ -229,6 +229,10 @@ def test_damro_and_another_selector_are_evaluations_of_their_own(
     same = [one == other for one, other in zip(answers, greedily, strict=True)]
     assert all(alike for alike, image in zip(same, about_images, strict=True) if not image)
     assert not all(same)
+    with pytest.raises(UserError, match="another layer") as caught:
+        load(tiny_folder, config(tiny_folder, selector=fewer | {"layer": 1}))
+    assert caught.value.remedy == "set selector.layer=-2"
+    assert load(tiny_folder, config(tiny_folder, selector=fewer | {"layer": 2})).facts["visual_tokens_per_image"] == 5
     with pytest.raises(UserError, match="feature cache"):
         config(tiny_folder, decoding=damro, data=EvalDataConfig(root="r", feature_cache="c"))
     with pytest.raises(UserError, match="no folder name"):
@@ -257,6 +261,7 @@ def test_the_command_keeps_other_evaluations_apart(
     assert all(0.1 < result["time"]["peak_memory_gib"] < 100 for result in found.values())
     for words, message in (
         (["selector.num_anchors=6"], "without selector="), (["selector=visionsip"], "visionsip"),
+        (["selector=anchor_tiny"], "anchor_tiny"),
         (["decoding=damro", "decoding.topk=3"], "topk"), (["decoding=beams"], "beams"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
