@@ -191,6 +191,7 @@ def test_a_choice_that_was_made_is_kept() -> None:
     assert selector(blank).sizes == (1, 1)
 
 
+@pytest.mark.slow
 def test_choosing_is_one_graph() -> None:
     """Only the sizes of a choice are waited for, and those are known where a cache is read."""
     seen, selector = features(), built()

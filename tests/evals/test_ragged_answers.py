@@ -73,6 +73,7 @@ def test_cached_choices_give_the_same_answers(
     )
 
 
+@pytest.mark.slow
 def test_the_command_from_a_folder_to_scores(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip

@@ -251,6 +251,7 @@ def test_images_that_cannot_be_read(make: Any, documents: Path, tmp_path: Path, 
     assert sound.tokens[3:].tolist() == loader.mixture.tokens[3:].tolist()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_as_it_was(make: Any) -> None:
     options = {"stage__max_steps": 4, "checkpoint__every": 2}
     whole, broken = make("whole", **options), make("broken", **options, resume="auto")
@@ -261,6 +262,7 @@ def test_a_resumed_run_goes_on_as_it_was(make: Any) -> None:
     assert record(broken) == record(whole)
 
 
+@pytest.mark.slow
 def test_watching_looks_first(make: Any) -> None:
     """Validation and the anchors' health, of a model that looks by itself."""
     task = TASKS["mix"] | {"source": MIX}
