@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar, cast
@@ -29,6 +28,7 @@ from anchorformer.kernels.vision_attention import (
     pop_received,
 )
 from anchorformer.selectors.base import names_without_cls
+from anchorformer.tapped_layers import counted, num_layers_needed, resolved
 from anchorformer.vision_families import attention_of, family_of, vision_config
 
 Left = TypeVar("Left", Tensor, tuple[Tensor, Tensor])
@@ -71,8 +71,8 @@ class VisionTower(nn.Module):
         self.model = model
         layers = self._layers
         self.num_layers_whole = len(layers)
-        self._tapped = _resolved(needs, len(layers))
-        del layers[_num_layers_needed(self._tapped, len(layers)) :]
+        self._tapped = resolved(needs, len(layers))
+        del layers[num_layers_needed(self._tapped, len(layers)) :]
         for path in self._family.unused if needs.final else (*self._family.unused, self._family.final_norm):
             if hasattr(model, path):  # SigLIP's pooling head is optional
                 delattr(model, path)
@@ -101,8 +101,8 @@ class VisionTower(nn.Module):
         _check_cls(config, family_of(config).has_cls, needs)
         # Layers are counted from the front before the blocks are cut: that holds for what is left, too.
         whole = config.num_hidden_layers
-        tapped = _resolved(needs, whole)
-        config.num_hidden_layers = _num_layers_needed(tapped, whole)
+        tapped = resolved(needs, whole)
+        config.num_hidden_layers = num_layers_needed(tapped, whole)
         tower = cls(AutoModel.from_config(config, attn_implementation=VISION_ATTENTION), tapped)
         tower.needs, tower.num_layers_whole = needs, whole
         return tower
@@ -136,7 +136,7 @@ class VisionTower(nn.Module):
     def has_blocks_for(self, needs: VisionNeeds) -> bool:
         """Whether what was kept is enough to tap this; it is not where no tower of so many blocks could."""
         try:
-            last = _num_layers_needed(_resolved(needs, self.num_layers_whole), self.num_layers_whole)
+            last = num_layers_needed(resolved(needs, self.num_layers_whole), self.num_layers_whole)
         except UserError:
             return False
         return last <= self.num_layers and (self.needs.final or not needs.final)
@@ -147,7 +147,7 @@ class VisionTower(nn.Module):
         Raises:
             UserError: the tower did not have it before it was cut.
         """
-        return _counted("layer", layer, self.num_layers_whole)
+        return counted("layer", layer, self.num_layers_whole)
 
     def retapped(self, needs: VisionNeeds) -> VisionTower:
         """A frozen tower in evaluation mode that taps what `needs` says; its weights are those of this one, shared.
@@ -155,7 +155,7 @@ class VisionTower(nn.Module):
         Raises:
             UserError: it would need blocks that were cut off, or as the constructor.
         """
-        tapped = _resolved(needs, self.num_layers_whole)
+        tapped = resolved(needs, self.num_layers_whole)
         if not self.has_blocks_for(needs):
             raise UserError(
                 "the vision tower was cut before what is to be read of it", found=f"{self.num_layers} blocks, {needs}",
@@ -321,46 +321,6 @@ def _check_cls(config: PreTrainedConfig, has_cls: bool, needs: VisionNeeds) -> N
             expected=f"a tower with [CLS], or one of the selectors {names_without_cls()}",
             remedy="choose another vision tower (CLIP, DINOv2) or another selector",
         )
-
-
-def _resolved(needs: VisionNeeds, num_layers: int) -> VisionNeeds:
-    """The same needs with layers counted from the front (0 = embeddings, `num_layers` = the last block)."""
-    first = needs.cls_attention_from
-    layer = _counted("layer", needs.layer, num_layers)
-    if first is not None:
-        first = _counted("start_layer", first, num_layers)
-        if first > layer:
-            raise UserError(
-                "the selector's layers are in the wrong order",
-                found=f"start_layer={needs.cls_attention_from} behind layer={needs.layer} of {num_layers} blocks",
-                expected=f"a start_layer from 1 to {layer}",
-                remedy="correct `start_layer` or `layer` of the selector",
-            )
-    qk = tuple(_counted("layer of keys", each, num_layers) for each in needs.qk)
-    if len(set(qk)) < len(qk):
-        raise UserError(
-            "the selector reads keys of one layer twice",
-            found=f"layers {needs.qk} of a tower with {num_layers} blocks", expected="different layers",
-            remedy="correct the layers of the selector",
-        )  # fmt: skip
-    return replace(needs, layer=layer, cls_attention_from=first, qk=qk)
-
-
-def _counted(name: str, layer: int, num_layers: int) -> int:
-    counted = layer if layer >= 0 else num_layers + 1 + layer
-    if not 1 <= counted <= num_layers:
-        raise UserError(
-            "the vision tower has no such layer",
-            found=f"{name}={layer} of a tower with {num_layers} blocks",
-            expected=f"1 to {num_layers}, or -{num_layers} to -1",
-            remedy=f"correct `{name}` of the selector",
-        )
-    return counted
-
-
-def _num_layers_needed(tapped: VisionNeeds, num_layers: int) -> int:
-    """How many blocks have to run."""
-    return num_layers if tapped.final else max((tapped.layer, *tapped.qk))
 
 
 def _parameter_to_buffer(model: nn.Module, path: str) -> None:
