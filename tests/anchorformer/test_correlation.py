@@ -282,7 +282,7 @@ def test_no_part_of_a_view_is_kept(case: Case) -> None:
         watched.read.clear()
         seen.generate([("user", "<image><image>")], do_sample=False, max_new_tokens=2)
     watched.close()
-    assert watched.read[0] == seen.looks[-1].counts[-1] > 1
+    assert watched.read[0] == seen.sights[-1].counts[-1] > 1
 
 
 def test_flat_and_padded_forms_agree(case: Case) -> None:
