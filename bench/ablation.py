@@ -57,7 +57,7 @@ def points(sweep: Path) -> list[dict[str, Any]]:
 def commits(sweep: Path) -> str:
     """The commits that its runs were trained at, as their environment.json has them."""
     files = sorted(sweep.glob("*/*/*/environment.json"))
-    return ", ".join(sorted({str(json.loads(path.read_text())["git"]["commit"])[:12] for path in files}))
+    return ", ".join(sorted({str(json.loads(path.read_text())["commit"])[:12] for path in files}))
 
 
 def rows(found: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -69,7 +69,9 @@ def rows(found: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in found:
         values = {axis: row.get(axis) for axis in axes if axis != "seed"}
-        groups.setdefault(json.dumps([row["grid"], values]), []).append(row)
+        members = groups.setdefault(json.dumps([row["grid"], values]), [])
+        if row["trial"] not in {member["trial"] for member in members}:  # a grid may say the same point twice
+            members.append(row)
     for members in groups.values():
         first = members[0]
         row = {"grid": first["grid"], "what": label({axis: first.get(axis) for axis in axes if axis != "seed"}),

@@ -27,7 +27,7 @@ def trial(grid: str, seed: int, scene: float, doc: float, **axes: Any) -> dict[s
 def sweep(folder: Path, found: list[dict[str, Any]]) -> Path:
     run = folder / "trials" / "0" / "finetune"
     run.mkdir(parents=True)
-    (run / "environment.json").write_text(json.dumps({"git": {"commit": "0123456789abcdef"}}))
+    (run / "environment.json").write_text(json.dumps({"commit": "0123456789abcdef"}))
     (folder / "summary.json").write_text(json.dumps(found))
     return folder
 
@@ -36,6 +36,7 @@ def test_a_point_is_the_mean_of_its_seeds(tmp_path: Path, capsys: pytest.Capture
     found = [
         trial("connectors", 0, 0.5, 0.1, connector="mlp"), trial("anchors", 0, 0.4, 0.2, **{T: 5}),
         trial("connectors", 1, 0.7, 0.3, connector="mlp"), trial("anchors", 1, 0.4, 0.2, **{T: 5}),
+        trial("connectors", 1, 0.7, 0.3, connector="mlp"),
     ]  # fmt: skip
     main(["ablation", str(sweep(tmp_path, found)), "--json", str(tmp_path / "ablation.json")])
     sheet = json.loads((tmp_path / "ablation.json").read_text())
