@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -56,7 +57,8 @@ class Beside:
 
     def end(self) -> None:
         """Stops what is still at work, and leaves nothing behind."""
-        self._process.terminate()
+        # A session of tests clears away what it has started when it is interrupted, not when it is told to end.
+        self._process.send_signal(signal.SIGINT if self._what == "loopback" else signal.SIGTERM)
         self._process.wait()
         self._folder.cleanup()
 
