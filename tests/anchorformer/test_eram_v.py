@@ -30,7 +30,7 @@ from anchorformer.model_folder import read_index
 from anchorformer.modeling import AnchorFormerForConditionalGeneration
 from anchorformer.seen import Seen
 from anchorformer.weights import check_folder, load_model
-from tests.anchorformer.test_generation import ASKED, GREEDY, ONE, TWO, WIDE, Case
+from tests.anchorformer.test_generation import ASKED, GREEDY, ONE, TWO, WIDE, Case, check_known_embeddings
 from tests.anchorformer.test_modeling import Sample, assert_close, make_samples, run_alone, run_flat
 from tests.conftest import ANCHOR, CONNECTOR, Assemble
 from tests.test_every_combination import CONNECTORS
@@ -345,16 +345,7 @@ def test_what_was_seen_is_asked_about_again(case: Case) -> None:
 
 
 def test_known_embeddings_answer_as_their_images_do(case: Case) -> None:
-    asked = [([("user", f"<image><image>\n{said}")], [TWO, WIDE]) for said in ("what?", "how many stars are there?")]
-    inputs = case.processor([images for _, images in asked], conversations=[turns for turns, _ in asked])
-    del inputs["pixel_values"]
-    inputs.pop("tile_counts", None)
-    embeds = Seen(case.model, case.processor, [TWO, WIDE]).image_embeds
-    for settings in ({}, {"num_beams": 2}):
-        ids = case.model.generate(
-            **inputs, image_embeds=torch.cat([embeds, embeds]), **GREEDY, eos_token_id=None, **settings
-        )
-        assert ids[:, inputs["input_ids"].shape[1] :].tolist() == case.generate(asked, **settings)
+    check_known_embeddings(case)
 
 
 @torch.no_grad()

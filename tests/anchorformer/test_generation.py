@@ -92,7 +92,7 @@ def test_a_batch_is_answered_as_its_rows_are(assemble_tiny: Assemble, connector:
     assert len(set(map(tuple, together))) > 1
 
 
-def test_known_embeddings_answer_as_their_images_do(case: Case) -> None:
+def check_known_embeddings(case: Case) -> None:
     """Several questions about the same two images, which are looked at once."""
     asked = [([("user", f"<image><image>\n{said}")], [TWO, WIDE]) for said in ("what?", "how many stars are there?")]
     inputs = case.processor([images for _, images in asked], conversations=[turns for turns, _ in asked])
@@ -103,6 +103,10 @@ def test_known_embeddings_answer_as_their_images_do(case: Case) -> None:
     for settings in ({}, {"num_beams": 2, "num_return_sequences": 2}):
         ids = case.model.generate(**inputs, **GREEDY, eos_token_id=None, **settings)
         assert ids[:, inputs["input_ids"].shape[1] :].tolist() == case.generate(asked, **settings)
+
+
+def test_known_embeddings_answer_as_their_images_do(case: Case) -> None:
+    check_known_embeddings(case)
 
 
 def test_beams_look_once(tiny: Case, monkeypatch: pytest.MonkeyPatch) -> None:
