@@ -60,10 +60,7 @@ def nearest(counts: dict[int, Any], wanted: int) -> int:
 
 def _is_served(config: SelectorConfig, tower: VisionTower) -> bool:
     """Whether the selector, as its YAML has it, is a choice for this tower."""
-    try:
-        return (tower.has_cls or not config.needs_cls) and tower.has_blocks_for(config.needs)
-    except UserError:  # layers that a tower of so few blocks never had
-        return False
+    return (tower.has_cls or not config.needs_cls) and tower.has_blocks_for(config.needs)
 
 
 def _by_count(config: SelectorConfig, model: AnchorFormerForConditionalGeneration) -> dict[int, SelectorConfig]:

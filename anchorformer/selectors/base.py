@@ -168,8 +168,12 @@ class ClsAndPatches(PatchSelector):
 
 def anchors_at(features: VisionFeatures, indices_BT: Tensor) -> Anchors:
     """The tokens at these indices into N, unchanged."""
-    width = features.tokens_BNV.shape[-1]
-    return Anchors(features.tokens_BNV.gather(1, indices_BT.unsqueeze(-1).expand(-1, -1, width)), indices_BT)
+    return Anchors(vectors_at(features.tokens_BNV, indices_BT), indices_BT)
+
+
+def vectors_at(x_BNV: Tensor, indices_BT: Tensor) -> Tensor:
+    """Of N vectors those at these indices: (B, T, V)."""
+    return x_BNV.gather(1, indices_BT.unsqueeze(-1).expand(-1, -1, x_BNV.shape[-1]))
 
 
 def patches_of(x_BN: Tensor, features: VisionFeatures) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from anchorformer.contracts import Anchors, VisionFeatures, VisionNeeds
 from anchorformer.errors import UserError
 from anchorformer.kernels.selection import select_anchors
-from anchorformer.selectors.base import PatchSelectorConfig, Selector, needed
+from anchorformer.selectors.base import PatchSelectorConfig, Selector, needed, vectors_at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ class PruMergePlusSelector(Selector):
             kept_BK = self._kept(logits_BN)
             directions_BPV = normalize(keys_BNV[:, 1:], dim=-1)
             weights_BKP = weights_BP.unsqueeze(1) * self._are_neighbours(directions_BPV, kept_BK)
-            merged_BKV = _at(tokens_BPV, kept_BK) + weights_BKP @ tokens_BPV
+            merged_BKV = vectors_at(tokens_BPV, kept_BK) + weights_BKP @ tokens_BPV
             dropped_BP = weights_BP.scatter(1, kept_BK, 0.0)
             rest_B1V = dropped_BP.unsqueeze(1) @ tokens_BPV
         return Anchors(torch.cat([merged_BKV, rest_B1V], dim=1).to(features.tokens_BNV.dtype), indices_BT=None)
@@ -104,7 +104,7 @@ class PruMergePlusSelector(Selector):
 
     def _are_neighbours(self, directions_BPV: Tensor, kept_BK: Tensor) -> Tensor:
         """Which patches are added to each kept one: (B, K, P), 1 or 0."""
-        cosines_BKP = _at(directions_BPV, kept_BK) @ directions_BPV.mT
+        cosines_BKP = vectors_at(directions_BPV, kept_BK) @ directions_BPV.mT
         cosines_BKP = cosines_BKP.scatter(2, kept_BK.unsqueeze(-1), -torch.inf)  # none is its own neighbour
         nearest = cosines_BKP.topk(self.neighbours, dim=-1).indices
         return torch.zeros_like(cosines_BKP).scatter(2, nearest, 1.0)
@@ -113,7 +113,3 @@ class PruMergePlusSelector(Selector):
 def lattice(spacing: int, num_patches: int) -> range:
     """Raster positions that are kept whatever they show; as in the released code never the last patch."""
     return range(0, num_patches - 1, spacing)
-
-
-def _at(x_BPV: Tensor, indices_BK: Tensor) -> Tensor:
-    return x_BPV.gather(1, indices_BK.unsqueeze(-1).expand(-1, -1, x_BPV.shape[-1]))

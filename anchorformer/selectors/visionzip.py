@@ -12,7 +12,7 @@ from torch.nn.functional import normalize, one_hot
 
 from anchorformer.contracts import Anchors, VisionFeatures, VisionNeeds
 from anchorformer.errors import UserError
-from anchorformer.selectors.base import ClsAndPatches, ClsAndPatchesConfig, needed, patches_of
+from anchorformer.selectors.base import ClsAndPatches, ClsAndPatchesConfig, needed, patches_of, vectors_at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,10 @@ class VisionZipSelector(ClsAndPatches):
         dominant = super().forward(features)
         assert dominant.indices_BT is not None
         rest_BR = _others(dominant.indices_BT, features.tokens_BNV.shape[1], features.has_cls)
-        tokens_BRV, directions_BRK = _at(features.tokens_BNV.float(), rest_BR), _at(directions_BNK, rest_BR)
+        tokens_BRV, directions_BRK = (
+            vectors_at(features.tokens_BNV.float(), rest_BR),
+            vectors_at(directions_BNK, rest_BR),
+        )
         with torch.autocast(tokens_BRV.device.type, enabled=False):
             contextual_BCV = self._contextual(tokens_BRV, directions_BRK).to(dominant.tokens_BTV.dtype)
         return Anchors(torch.cat([dominant.tokens_BTV, contextual_BCV], dim=1), indices_BT=None)
@@ -101,7 +104,3 @@ def _others(chosen_BT: Tensor, num_tokens: int, has_cls: bool) -> Tensor:
     batch, chosen = chosen_BT.shape
     is_chosen_BN = torch.zeros(batch, num_tokens, dtype=torch.int8, device=chosen_BT.device)
     return is_chosen_BN.scatter(1, chosen_BT, 1).argsort(dim=1, stable=True)[:, : num_tokens - chosen]
-
-
-def _at(x_BNV: Tensor, indices_BR: Tensor) -> Tensor:
-    return x_BNV.gather(1, indices_BR.unsqueeze(-1).expand(-1, -1, x_BNV.shape[-1]))
