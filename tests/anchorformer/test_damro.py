@@ -171,7 +171,13 @@ def _connectors() -> dict[str, dict[str, Any]]:
     return {name: values for name, values in found.items() if "defaults" not in values}
 
 
-@pytest.mark.parametrize("name", _connectors())
+KINDS = ("anchor_former", "c_abstractor", "resampler")
+"""One of each way to an image of nothing but outliers: they are queries, a raster, or keys and values."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in KINDS else pytest.mark.slow) for name in _connectors()]
+)
 def test_every_connector_has_a_contrast(name: str, assemble_tiny: Assemble) -> None:
     values = _connectors()[name]
     connector = {key: SMALL.get(key, value) if value else value for key, value in values.items()}

@@ -31,6 +31,7 @@ CPU, CUDA, META = torch.device("cpu"), torch.device("cuda"), torch.device("meta"
 
 
 @needs_triton
+@pytest.mark.slow
 def test_kernels_hold_in_the_interpreter() -> None:
     """In a process of its own, because Triton decides for its interpreter when it is imported."""
     parity = Path(__file__).with_name("test_triton_parity.py")

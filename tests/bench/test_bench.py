@@ -190,6 +190,7 @@ def test_sizes_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert {size.value for size in Size} == {"tiny", "quick", "full"}
 
 
+@pytest.mark.slow
 def test_dealing_to_more_ranks_leaves_less(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "scaling.json"
     command.main(["scaling", "--ranks", "8", "64", "--per-rank", "1", "4", "--json", str(path)])

@@ -83,6 +83,7 @@ def alone(groups: dict[str, list[str]]) -> dict[str, list[str]]:
     return {group: [o for o in options if o not in (*NEEDS, *TOO_MANY_RANKS)] for group, options in groups.items()}
 
 
+@pytest.mark.slow
 def test_options_of_any_two_groups_go_together() -> None:
     # Data sets meet the other groups through the stages and experiments that choose them; there are many selectors,
     # connectors and tilings, and they meet the others below; an adapter goes with one stage only.

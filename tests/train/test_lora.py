@@ -178,6 +178,7 @@ def ranks_run(pair: Ranks, make_run: MakeRun, zero: int) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("vision_tower"))
 
 
+@pytest.mark.slow
 def test_two_ranks_under_zero_3(pair: Ranks, make_run: MakeRun) -> None:
     ranks_run(pair, make_run, zero=3)
 
