@@ -21,7 +21,7 @@ from anchorformer.errors import UserError, run_guarded
 from anchorformer.hub import check_complete, load
 from anchorformer.images import ImageTransform
 from anchorformer.model_folder import part_state, write_parts
-from anchorformer.modeling import parse_integration, parse_parts, parse_tiling
+from anchorformer.parts import parse_integration, parse_parts, parse_tiling
 from anchorformer.processing import AnchorFormerProcessor
 from anchorformer.schema import Schema, parse, plugin_to_plain, to_plain
 from anchorformer.tiling import UNTILED, Tiling

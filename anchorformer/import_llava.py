@@ -23,7 +23,8 @@ from anchorformer.errors import UserError, run_guarded
 from anchorformer.hub import CONFIG, INDEX, check_files, load, read_object, read_weight_map
 from anchorformer.images import ImageTransform
 from anchorformer.model_folder import PARTS, compare_shapes, read_header
-from anchorformer.modeling import AnchorFormerForConditionalGeneration, parse_parts
+from anchorformer.modeling import AnchorFormerForConditionalGeneration
+from anchorformer.parts import parse_parts
 from anchorformer.processing import AnchorFormerProcessor
 from anchorformer.schema import TARGET, plugin_to_plain, plugins_by_name
 from anchorformer.selectors.anchor import AnchorSelectorConfig

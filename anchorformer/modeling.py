@@ -5,7 +5,7 @@ An integration, where there is one, stands beside the connector and is heard by 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,9 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from anchorformer import connectors, integrations, selectors
 from anchorformer.configuration import AnchorFormerConfig
-from anchorformer.connectors.base import ConnectorConfig
 from anchorformer.contracts import VisionFeatures
 from anchorformer.errors import UserError
 from anchorformer.fusion import fuse
@@ -25,7 +23,6 @@ from anchorformer.images import normalise
 from anchorformer.integrations.base import (
     ARGUMENT,
     Integration,
-    IntegrationConfig,
     Placed,
     Rows,
     place,
@@ -33,9 +30,7 @@ from anchorformer.integrations.base import (
 )
 from anchorformer.kernels.attention import FLAT_MASK, TEXT_ATTENTION
 from anchorformer.lean import make_lean
-from anchorformer.schema import parse, parse_plugin
-from anchorformer.selectors.base import SelectorConfig
-from anchorformer.tiling import Tiling
+from anchorformer.parts import parse_integration, parse_parts, parse_tiling
 from anchorformer.views import build_integration, build_selector, embeddings_per_view, join_tiles
 from anchorformer.vision import VisionTower
 
@@ -301,38 +296,6 @@ class AnchorFormerForConditionalGeneration(PreTrainedModel, ImageGenerationMixin
         reset = getattr(module, "reset_parameters", None)
         if reset is not None:
             reset()
-
-
-def parse_parts(selector: Mapping[str, Any], connector: Mapping[str, Any]) -> tuple[SelectorConfig, ConnectorConfig]:
-    """The typed selector and connector of two plug-in mappings.
-
-    Raises:
-        UserError: unknown plug-in, unknown key or wrong type.
-    """
-    return (
-        parse_plugin(SelectorConfig, selector, selectors.__name__, "selector"),
-        parse_plugin(ConnectorConfig, connector, connectors.__name__, "connector"),
-    )
-
-
-def parse_integration(integration: Mapping[str, Any] | None) -> IntegrationConfig | None:
-    """The typed integration of a plug-in mapping, if there is one.
-
-    Raises:
-        UserError: unknown plug-in, unknown key or wrong type.
-    """
-    if integration is None:
-        return None
-    return parse_plugin(IntegrationConfig, integration, integrations.__name__, "integration")
-
-
-def parse_tiling(tiling: Mapping[str, Any]) -> Tiling:
-    """The typed tiling of a configuration.
-
-    Raises:
-        UserError: unknown key, wrong type or grids that cannot be used.
-    """
-    return parse(Tiling, tiling, "tiling")
 
 
 def _check_flat(

@@ -1,9 +1,13 @@
-"""How many positions stand for each image: known from its tiles, or only once the model has looked at it."""
+"""Which image a placeholder stands for, and how many positions: known from its tiles, or only once it was looked at."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+from PIL import Image
+
+from anchorformer.dialogue import PLACEHOLDER
 from anchorformer.errors import UserError
 from anchorformer.tiling import Tiling
 
@@ -45,3 +49,29 @@ def placeholders(
             "images have changed: remove complete-* in its feature cache and start again",
         )  # fmt: skip
     return [sum(own) for own in token_counts]
+
+
+def deal(images: Any, counts: list[int]) -> list[list[Image.Image]]:
+    """Images per sample: as given where they are nested, otherwise in order of the placeholders.
+
+    In a question that is asked now, a placeholder without an image is a forgotten image, never ordinary text.
+
+    Raises:
+        UserError: as many images as placeholders are expected, of each sample or over all of them.
+    """
+    given: list[Any] = [images] if isinstance(images, Image.Image) else list(images or ())
+    if given and not isinstance(given[0], Image.Image):
+        if [len(own) for own in given] != counts:
+            raise _mismatch(f"{counts} {PLACEHOLDER} and {[len(own) for own in given]} image(s) per sample")
+        return [list(own) for own in given]
+    if len(given) != sum(counts):
+        raise _mismatch(f"{sum(counts)} {PLACEHOLDER} and {len(given)} image(s)")
+    remaining = iter(given)
+    return [[next(remaining) for _ in range(count)] for count in counts]
+
+
+def _mismatch(found: str) -> UserError:
+    return UserError(
+        "placeholders and images do not match", found=found, expected="one image for each placeholder, in their order",
+        remedy="pass every image, and take the placeholder out of questions without one",
+    )  # fmt: skip

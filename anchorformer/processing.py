@@ -20,7 +20,7 @@ from anchorformer.dialogue import PLACEHOLDER
 from anchorformer.errors import UserError
 from anchorformer.images import ImageTransform
 from anchorformer.messages import Messages, read_messages
-from anchorformer.placeholders import TokenCounts, placeholders
+from anchorformer.placeholders import TokenCounts, deal, placeholders
 from anchorformer.schema import parse, to_plain
 from anchorformer.templates import make_template
 from anchorformer.tiling import Size, Tiling
@@ -253,7 +253,7 @@ class AnchorFormerProcessor(ProcessorMixin):
             )  # fmt: skip
         texts = [text] if isinstance(text, str) else text
         marked = texts or ["".join(said for role, said in turns if role == "user") for turns in conversations or ()]
-        per_sample = _deal(images, [sample.count(PLACEHOLDER) for sample in marked])
+        per_sample = deal(images, [sample.count(PLACEHOLDER) for sample in marked])
         flat = [image for own in per_sample for image in own]
         tile_counts = [self.image_transform.count(image.size) for image in flat]
         positions = iter(self._placeholders(tile_counts, token_counts, "prompt"))
@@ -357,29 +357,6 @@ class AnchorFormerProcessor(ProcessorMixin):
         if isinstance(self.encoder, SentencePieceEncoder):
             (Path(save_directory) / SENTENCEPIECE_FILE).write_bytes(self.encoder.model)
         return files
-
-
-def _deal(images: Any, counts: list[int]) -> list[list[Image.Image]]:
-    """Images per sample: as given where they are nested, otherwise in order of the placeholders.
-
-    In a question that is asked now, a placeholder without an image is a forgotten image, never ordinary text.
-    """
-    given: list[Any] = [images] if isinstance(images, Image.Image) else list(images or ())
-    if given and not isinstance(given[0], Image.Image):
-        if [len(own) for own in given] != counts:
-            raise _mismatch(f"{counts} {PLACEHOLDER} and {[len(own) for own in given]} image(s) per sample")
-        return [list(own) for own in given]
-    if len(given) != sum(counts):
-        raise _mismatch(f"{sum(counts)} {PLACEHOLDER} and {len(given)} image(s)")
-    remaining = iter(given)
-    return [[next(remaining) for _ in range(count)] for count in counts]
-
-
-def _mismatch(found: str) -> UserError:
-    return UserError(
-        "placeholders and images do not match", found=found, expected="one image for each placeholder, in their order",
-        remedy="pass every image, and take the placeholder out of questions without one",
-    )  # fmt: skip
 
 
 AutoProcessor.register(AnchorFormerConfig, AnchorFormerProcessor)

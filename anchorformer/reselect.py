@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 
 from anchorformer.errors import UserError
-from anchorformer.modeling import AnchorFormerForConditionalGeneration, parse_parts
+from anchorformer.modeling import AnchorFormerForConditionalGeneration
+from anchorformer.parts import parse_parts
 from anchorformer.processing import AnchorFormerProcessor
 from anchorformer.selectors.base import SelectorConfig
 from anchorformer.views import build_selector, embeddings_per_view

@@ -16,12 +16,8 @@ from anchorformer.configuration import AnchorFormerConfig
 from anchorformer.errors import UserError
 from anchorformer.hub import CONFIG, check_files, read_object
 from anchorformer.model_folder import check_present, compare_shapes, read_index, read_manifest, read_shapes, sha256
-from anchorformer.modeling import (
-    AnchorFormerForConditionalGeneration,
-    parse_integration,
-    parse_parts,
-    parse_tiling,
-)
+from anchorformer.modeling import AnchorFormerForConditionalGeneration
+from anchorformer.parts import parse_integration, parse_parts, parse_tiling
 from anchorformer.schema import plugin_to_plain, to_plain
 from anchorformer.tiling import Tiling
 from anchorformer.vision import VisionTower

@@ -17,7 +17,7 @@ from bench.published import batching as published
 from bench.runner import Row, Size, error
 from data.collate import collate
 from data.sampler import permutation, plan_step
-from train.config import Part
+from train.choices import Part
 from train.plan.flops import Work, model_flops
 
 WORLD, ANCHORS = 8, 145

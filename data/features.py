@@ -30,7 +30,7 @@ from anchorformer.configuration import AnchorFormerConfig
 from anchorformer.contracts import VisionFeatures
 from anchorformer.errors import UserError
 from anchorformer.model_folder import read_index, read_manifest
-from anchorformer.modeling import parse_parts
+from anchorformer.parts import parse_parts
 from anchorformer.schema import TARGET, plugin_to_plain
 from anchorformer.selectors.base import SelectorConfig
 

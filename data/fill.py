@@ -17,7 +17,7 @@ from anchorformer.configuration import AnchorFormerConfig
 from anchorformer.contracts import VisionFeatures
 from anchorformer.errors import UserError
 from anchorformer.images import ImageTransform, normalise
-from anchorformer.modeling import parse_parts, parse_tiling
+from anchorformer.parts import parse_parts, parse_tiling
 from anchorformer.selectors.base import RaggedSelector
 from anchorformer.views import build_selector
 from anchorformer.weights import load_tower

@@ -31,7 +31,7 @@ from anchorformer.model_folder import derive_folder, part_state, write_parts
 from anchorformer.modeling import AnchorFormerForConditionalGeneration
 from anchorformer.weights import check_folder, load_model
 from tests.train.cases import FINETUNE, batches_for, run_config
-from train.config import Part
+from train.choices import Part
 from train.loss import supervised_loss
 from train.stage import freeze
 

@@ -20,7 +20,8 @@ from anchorformer.errors import UserError
 from anchorformer.hub import load, read_mapping, read_object
 from anchorformer.model_folder import MANIFEST, derive_folder, partial_of, read_index, sha256, write_manifest
 from anchorformer.weights import check_folder, load_model
-from train.config import LoraConfig, Part
+from train.choices import Part
+from train.config import LoraConfig
 from train.lora import peft_config
 
 log = logging.getLogger(__name__)

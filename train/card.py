@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 
 from anchorformer.schema import TARGET
-from train.config import Part, RunConfig
+from train.choices import Part
+from train.config import RunConfig
 from train.run.folder import RunFolder
 
 USE = """```python

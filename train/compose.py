@@ -9,7 +9,8 @@ from typing import Any
 
 from anchorformer.schema import parse
 from data.overrides import CONF, CommandLine, check_option, options, values
-from train.config import Part, RunConfig
+from train.choices import Part
+from train.config import RunConfig
 
 ROOT = CONF.parent
 TASKS = "eval.tasks"

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from train.config import Checkpointing, HardwareConfig, Part
+from train.choices import Checkpointing, Part
+from train.config import HardwareConfig
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from anchorformer.errors import UserError
-from train.config import Device, WatchdogConfig
+from train.choices import Device
+from train.config import WatchdogConfig
 
 T = TypeVar("T")
 

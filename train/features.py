@@ -15,7 +15,8 @@ from data.counted import count
 from data.features import FeatureCache
 from data.fill import fill
 from data.mixture import Mixture, open_sources
-from train.config import Device, RunConfig
+from train.choices import Device
+from train.config import RunConfig
 from train.precision import choose_dtype
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from anchorformer.errors import UserError
-from train.config import Device, LoraConfig, Part, RunConfig
+from train.choices import Device, Part
+from train.config import LoraConfig, RunConfig
 
 log = logging.getLogger(__name__)
 

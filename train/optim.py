@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from train.config import Part, Schedule, StageConfig
+from train.choices import Part, Schedule
+from train.config import StageConfig
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:

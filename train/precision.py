@@ -8,7 +8,7 @@ import torch
 
 from anchorformer.errors import UserError
 from anchorformer.kernels.backend import bf16_is_fast_on_cpu
-from train.config import Precision
+from train.choices import Precision
 
 log = logging.getLogger(__name__)
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-import hashlib
 import json
-import secrets
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +13,8 @@ import yaml
 from anchorformer.errors import UserError
 from anchorformer.schema import parse_plugin, plugin_to_plain, to_plain
 from data.mixture import Mixture, open_sources
-from train.config import Part, RunConfig
+from train.choices import Part
+from train.config import RunConfig
 from train.observe.checks import check_shown
 from train.plan.fit import settle
 from train.run import environment
@@ -25,6 +22,7 @@ from train.run.folder import RunFolder
 from train.run.identity import differences, numbers
 from train.run.lock import acquired
 from train.start import check_devices
+from train.start_folder import make_start_folder, manifest_hash, resolve_model
 
 
 def prepare(config: RunConfig, command: Sequence[str], *, starts_here: bool = True) -> RunFolder:
@@ -61,7 +59,7 @@ def prepare(config: RunConfig, command: Sequence[str], *, starts_here: bool = Tr
         _create(folder.path, config.resume != "never")
     with acquired(folder.path):
         if is_new:
-            texts = {"start.txt": f"{start}\n{_manifest_hash(start)}\n"}
+            texts = {"start.txt": f"{start}\n{manifest_hash(start)}\n"}
         else:
             texts = {}
             folder.check_seal()
@@ -161,44 +159,6 @@ def _check_looked_first(config: RunConfig) -> None:
         raise needs_cache()
 
 
-def make_start_folder(config: RunConfig) -> Path:
-    """The model folder that every rank loads: the one named by `init_from`, or a fresh one, assembled once.
-
-    A fresh one is kept under `<output_root>/models/` by the hash of what it is made from.
-    """
-    from anchorformer.assemble import assemble
-    from anchorformer.weights import check_folder
-
-    model = config.model
-    if config.init_from:
-        folder = resolve_model(config.init_from, Path(config.output_root))
-    else:
-        made_from = {
-            "model": to_plain(model), "seed": config.seed, "template": config.stage.template,
-            "files": [_fingerprint(Path(name)) for name in (model.vision, model.language_model)],
-        }  # fmt: skip
-        digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
-        folder = Path(config.output_root).resolve() / "models" / digest[:16]
-        if not folder.exists():
-            # Two launches at once each write their own; the first to finish gives the name.
-            mine = folder.with_name(f"{folder.name}-{secrets.token_hex(4)}")
-            assemble(
-                model.vision, model.language_model, model.selector, model.connector, mine,
-                template=config.stage.template, tiling=to_plain(model.tiling), integration=model.integration,
-                seed=config.seed,
-            )  # fmt: skip
-            try:
-                mine.rename(folder)
-            except OSError:
-                shutil.rmtree(mine)
-                if not folder.is_dir():
-                    raise
-    check_folder(
-        folder, model.selector, model.connector, tiling=model.tiling, integration=model.integration, every_hash=True
-    )
-    return folder
-
-
 def check_samples(config: RunConfig, start: Path) -> None:
     """Measures every sample with the run's own processor, once for all ranks, which find the counts in the cache.
 
@@ -217,44 +177,6 @@ def check_samples(config: RunConfig, start: Path) -> None:
     mixture = Mixture(config.data, processor.with_template(config.stage.template), features)
     if config.profiled is not None:
         config.profiled.check(num_steps(config.stage, len(mixture)))
-
-
-def resolve_model(name: str, output_root: Path) -> Path:
-    """The model folder that `init_from` means: the folder itself, or the `model/` of a finished run.
-
-    Raises:
-        UserError: nothing there (with the runs near by), or a run that has not finished.
-    """
-    folder = Path(name).resolve()
-    run = RunFolder(folder)
-    if run.config.is_file():
-        if not run.done.exists():
-            raise UserError(
-                "init_from names a run that is not done", found=f"{name} without DONE",
-                expected="a finished run, or a model folder",
-                remedy="finish that run first: its own command with resume=auto",
-            )  # fmt: skip
-        folder = run.model
-    if not (folder / "config.json").is_file():
-        near = _runs_near(Path(name), output_root)
-        raise UserError(
-            "init_from names no model", found=f"{name} ({'no config.json' if folder.is_dir() else 'no such folder'})",
-            expected=" or ".join(f"'{run}'" for run in near) + "?" if near else
-            f"a run ({output_root}/<run>) or a model folder",
-            remedy=f"e.g. init_from={near[0]}" if near else "check the path",
-        )  # fmt: skip
-    return folder
-
-
-def _runs_near(path: Path, output_root: Path) -> list[Path]:
-    """What may have been meant: the name below `output_root`, the runs inside of that folder, or one spelt like it."""
-    places = (path, output_root / path)
-    inside = [config.parent for place in places for config in sorted(place.glob("*/config.yaml"))]
-    near = [place for place in places if (place / "config.yaml").is_file()] + inside
-    if not near:
-        runs = [config.parent for depth in ("*", "*/*") for config in output_root.glob(f"{depth}/config.yaml")]
-        near = [Path(name) for name in difflib.get_close_matches(str(path), [str(run) for run in sorted(runs)])]
-    return list(dict.fromkeys(near))[:3]
 
 
 def _is_ragged(config: RunConfig) -> bool:
@@ -304,19 +226,12 @@ def _compare(config: RunConfig, before: RunConfig, path: Path) -> None:
 
 
 def _compare_start(folder: RunFolder) -> None:
-    found, expected = _manifest_hash(folder.start), folder.start_hash
+    found, expected = manifest_hash(folder.start), folder.start_hash
     if found != expected:
         raise UserError(
             f"the model that {folder.path} started from has been replaced", found=f"{folder.start} ({found[:12]})",
             expected=f"the one of its start ({expected[:12]})", remedy="start another run from the new model",
         )  # fmt: skip
-
-
-def _manifest_hash(folder: Path) -> str:
-    from anchorformer.model_folder import MANIFEST, sha256
-
-    manifest = folder / MANIFEST
-    return sha256(manifest) if manifest.is_file() else "no manifest"
 
 
 def _create(folder: Path, resumed: bool) -> None:
@@ -334,9 +249,3 @@ def _create(folder: Path, resumed: bool) -> None:
             f"the run folder {folder} cannot be made", found=str(error), expected="a place that can be written to",
             remedy="set output_root=... to one",
         ) from None  # fmt: skip
-
-
-def _fingerprint(folder: Path) -> list[tuple[str, int, int]]:
-    # A hub id has none: hub folders are immutable per revision, local ones may be written again in place.
-    files = sorted(path for path in folder.glob("*") if path.is_file()) if folder.is_dir() else []
-    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]

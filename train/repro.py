@@ -9,7 +9,8 @@ from contextlib import contextmanager
 import torch
 
 from anchorformer.errors import UserError
-from train.config import Device, Repro, RunConfig
+from train.choices import Device, Repro
+from train.config import RunConfig
 
 NO_FORM = "does not have a deterministic implementation"
 """How torch begins to say it; the operation's name stands before."""

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from anchorformer.errors import UserError
 from anchorformer.model_folder import part_state
-from train.config import Part, StageConfig
+from train.choices import Part
+from train.config import StageConfig
 from train.lora import is_adapter
 from train.optim import full_shape
 

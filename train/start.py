@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from anchorformer.errors import UserError
+from train.choices import Device
 from train.compose import ROOT
-from train.config import Device, RunConfig
+from train.config import RunConfig
 from train.faults.interrupt import heeded
 from train.network import Link, check_port, find_link, wait_for_head
 from train.run.folder import RunFolder

@@ -16,7 +16,8 @@ from anchorformer.contracts import Anchors, VisionFeatures
 from anchorformer.decoding.base import Decoding, DecodingConfig, Sight
 from anchorformer.errors import UserError
 from anchorformer.images import normalise
-from anchorformer.modeling import AnchorFormerForConditionalGeneration, parse_parts
+from anchorformer.modeling import AnchorFormerForConditionalGeneration
+from anchorformer.parts import parse_parts
 from anchorformer.selectors.base import anchors_at, needed
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from anchorformer import selectors
 from anchorformer.errors import UserError
 from anchorformer.import_llava import read_selector
-from anchorformer.modeling import AnchorFormerForConditionalGeneration, parse_parts
+from anchorformer.modeling import AnchorFormerForConditionalGeneration
+from anchorformer.parts import parse_parts
 from anchorformer.schema import parse_plugin
 from anchorformer.selectors.base import SelectorConfig
 from anchorformer.views import embeddings_per_view, view_sizes

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from anchorformer.connectors.base import Connector
 from anchorformer.contracts import Anchors, VisionFeatures
-from anchorformer.modeling import parse_parts
+from anchorformer.parts import parse_parts
 from bench.gpu.session import Columns, Session, relative_error
 from bench.gpu.shapes import Scale, made_in, parts_of
 from bench.gpu.timing import measure

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from train.choices import Checkpointing
 from train.compute import set_computation
-from train.config import Checkpointing, HardwareConfig, StageConfig, ZeroConfig
+from train.config import HardwareConfig, StageConfig, ZeroConfig
 from train.optim import parameter_groups
 from train.stage import freeze
 

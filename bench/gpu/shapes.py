@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig, Pr
 from anchorformer.configuration import AnchorFormerConfig
 from anchorformer.contracts import IGNORE_INDEX, Example
 from anchorformer.kernels.attention import TEXT_ATTENTION
-from anchorformer.modeling import AnchorFormerForConditionalGeneration, parse_parts
+from anchorformer.modeling import AnchorFormerForConditionalGeneration
+from anchorformer.parts import parse_parts
 from anchorformer.schema import parse
 from anchorformer.vision import VisionTower
 from bench.lengths import Lengths, mixture

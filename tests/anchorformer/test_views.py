@@ -17,7 +17,7 @@ from anchorformer.connectors.base import ConnectorConfig
 from anchorformer.connectors.c_abstractor import CAbstractorConfig
 from anchorformer.contracts import VisionFeatures
 from anchorformer.errors import UserError
-from anchorformer.modeling import parse_parts
+from anchorformer.parts import parse_parts
 from anchorformer.processing import AnchorFormerProcessor
 from anchorformer.selectors.all import AllSelectorConfig
 from anchorformer.selectors.anchor import AnchorSelectorConfig

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from train import distributed
-from train.config import Device
+from train.choices import Device
 
 SECONDS = 180
 """Longest job."""

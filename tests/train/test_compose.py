@@ -18,8 +18,9 @@ from omegaconf import OmegaConf
 from anchorformer.errors import UserError
 from anchorformer.schema import TARGET, parse, parse_plugin, to_plain
 from data.overrides import CONF, schema_keys
+from train.choices import Part
 from train.compose import COMMAND_LINE, ROOT, compose
-from train.config import Part, RunConfig
+from train.config import RunConfig
 
 GROUPS = COMMAND_LINE.groups
 KEYS = schema_keys(RunConfig)

@@ -11,8 +11,8 @@ import torch
 
 from anchorformer.errors import UserError
 from tests.train.cases import ALIGN, FINETUNE, batches_for, load_frozen, run_config
+from train.choices import Part
 from train.compute import set_computation
-from train.config import Part
 from train.loss import supervised_loss
 
 

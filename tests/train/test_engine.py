@@ -13,7 +13,7 @@ from anchorformer.errors import UserError
 from anchorformer.model_folder import read_shapes
 from tests.train.cases import ALIGN, FINETUNE, batches_for, load_frozen, run_config
 from tests.train.ranks import NO_EXTENSIONS, Ranks
-from train.config import Part
+from train.choices import Part
 from train.distributed import World, alone
 from train.engine import Engine, build_engine, loading
 from train.engine.base import total_norm

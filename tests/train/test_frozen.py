@@ -18,7 +18,7 @@ from anchorformer.model_folder import read_index, sha256
 from tests.train.cases import ALIGN, EVERYTHING, FINETUNE, load_frozen, run_config
 from tests.train.ranks import Ranks
 from train import rank
-from train.config import Part
+from train.choices import Part
 from train.distributed import World, alone
 from train.engine import build_engine
 from train.facts import StepFacts

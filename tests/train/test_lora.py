@@ -25,7 +25,8 @@ from tests.train.ranks import Ranks
 from tests.train.test_resume import record, run_until
 from train import adapter, lora
 from train.checkpoint import damage
-from train.config import LoraConfig, Part
+from train.choices import Part
+from train.config import LoraConfig
 from train.distributed import alone
 from train.run.folder import RunFolder
 from train.stage import freeze, table

@@ -11,7 +11,7 @@ import torch
 
 from evals.memory import Memory
 from tests.train.cases import ALIGN, load_frozen, run_config
-from train.config import Part
+from train.choices import Part
 from train.distributed import World, alone
 from train.facts import StepFacts
 from train.observe.metrics import Console, time_record

@@ -12,7 +12,7 @@ import torch
 from anchorformer.errors import UserError
 from tests.train.cases import FINETUNE, batches_for, load_frozen, run_config
 from tests.train.ranks import Ranks
-from train.config import Part
+from train.choices import Part
 from train.distributed import World, alone
 from train.engine import Engine, build_engine, loading
 from train.run.fingerprint import fingerprint

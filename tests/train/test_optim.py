@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.train.cases import ALIGN, EVERYTHING, FINETUNE, load_frozen, run_config
-from train.config import Schedule, StageConfig
+from train.choices import Schedule
+from train.config import StageConfig
 from train.optim import build_optimizer, build_scheduler, lr_factor, parameter_groups
 
 STAGE = run_config(ALIGN).stage

@@ -15,8 +15,9 @@ from anchorformer.errors import UserError
 from anchorformer.kernels.attention import TEXT_ATTENTION
 from anchorformer.lean import make_lean
 from bench.runner import saved_bytes
+from train.choices import Part
 from train.compose import compose
-from train.config import LoraConfig, Part
+from train.config import LoraConfig
 from train.lora import add_adapter
 from train.plan.adapter import _targets, adapter_kept, adapter_values
 from train.plan.fit import GB, choose

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from anchorformer.errors import UserError
 from data.overrides import options
 from tests.train.tiny_world import write_world
+from train.choices import Checkpointing, Device
 from train.compose import compose
-from train.config import Checkpointing, Device, RunConfig
+from train.config import RunConfig
 from train.plan.cards import CARDS, card_of_device
 from train.plan.fit import (
     choose,

@@ -32,7 +32,7 @@ from tests.train.test_plan_memory import (
     on_cpu,
 )
 from tests.train.test_plan_shapes import paper
-from train.config import Part
+from train.choices import Part
 from train.loss import supervised_loss
 from train.plan.connectors import Surroundings
 from train.plan.course import Assumptions

@@ -25,7 +25,7 @@ from anchorformer.kernels.backend import Backend
 from anchorformer.kernels.vision_attention import VISION_ATTENTION
 from anchorformer.lean import make_lean
 from anchorformer.schema import plugin_to_plain
-from train.config import Part
+from train.choices import Part
 from train.plan.memory import Layout, MicroBatch, rank_memory, text_layer, vision_layer
 from train.plan.shapes import Shapes, shapes_of
 

@@ -11,7 +11,7 @@ import pytest
 
 from anchorformer.errors import UserError
 from tests.train.test_presets import composed
-from train.config import Part
+from train.choices import Part
 from train.plan.cards import named_card
 from train.plan.dealing import Lengths, deal, mean, read_lengths
 from train.plan.fit import layout_of

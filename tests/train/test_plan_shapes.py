@@ -22,8 +22,8 @@ from anchorformer.selectors.base import PACKAGE, SelectorConfig
 from anchorformer.vision import VisionTower
 from data.overrides import CONF
 from tests.train.cases import ALIGN, EVERYTHING, FINETUNE, batches_for, load_frozen, run_config
+from train.choices import Part
 from train.compose import compose
-from train.config import Part
 from train.loss import supervised_loss
 from train.plan.flops import Work, forward_flops, model_flops, recomputed_flops
 from train.plan.shapes import TEXT_DEFAULTS, VISION_DEFAULTS, read_shapes, shapes_of

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from train.choices import Part
 from train.compose import compose
-from train.config import Part, RunConfig
+from train.config import RunConfig
 from train.plan.fit import memory_at
 from train.plan.flops import Work, forward_flops
 from train.plan.shapes import Shapes, read_shapes

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from tests.train.cases import ALIGN, FINETUNE, batches_for, load_frozen, run_config
 from tests.train.ranks import Ranks
-from train.config import Part
+from train.choices import Part
 from train.distributed import World
 from train.engine import Engine, build_engine, loading
 from train.engine import zero as door

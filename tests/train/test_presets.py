@@ -12,8 +12,9 @@ from anchorformer.configuration import AnchorFormerConfig
 from anchorformer.errors import UserError
 from anchorformer.modeling import AnchorFormerForConditionalGeneration
 from data.overrides import options
+from train.choices import Part
 from train.compose import compose
-from train.config import Part, RunConfig
+from train.config import RunConfig
 from train.lora import add_adapter
 from train.plan.memory import value_counts
 from train.plan.shapes import read_shapes

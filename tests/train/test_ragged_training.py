@@ -34,8 +34,9 @@ from tests.train.test_observe import MIX, TASKS, lines
 from tests.train.test_resume import record, run_until
 from tests.train.tiny_world import write_world
 from train import rank
+from train.choices import Part
 from train.compose import compose
-from train.config import Part, PartConfig
+from train.config import PartConfig
 from train.distributed import alone
 from train.features import fill_cache, own_cache
 from train.prepare import check_parts, check_samples, prepare

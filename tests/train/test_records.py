@@ -16,7 +16,8 @@ from anchorformer.errors import UserError
 from evals.memory import GIB, Memory
 from tests.train.cases import ALIGN, run_config
 from train import precision
-from train.config import CheckpointConfig, Device, LogConfig, Part, Precision
+from train.choices import Device, Part, Precision
+from train.config import CheckpointConfig, LogConfig
 from train.distributed import World, alone, choose_device
 from train.facts import StepFacts, gather_facts
 from train.observe.journal import Journal, read_lines

@@ -15,7 +15,7 @@ from anchorformer.schema import parse, to_plain
 from data.overrides import options
 from tests.train.cases import ALIGN, run_config
 from tests.train.fake_trials import say
-from train.config import StageName
+from train.choices import StageName
 from train.run.identity import hashed, numbers
 from train.sweep import points as planning
 from train.sweep.config import SweepConfig

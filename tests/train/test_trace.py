@@ -16,8 +16,8 @@ from torch.profiler import record_function
 from anchorformer.errors import UserError
 from tests.train.cases import ALIGN, run_config
 from tests.train.traces import ranges, read_trace
+from train.choices import StageName
 from train.compose import compose
-from train.config import StageName
 from train.distributed import alone
 from train.faults.interrupt import Interrupted
 from train.faults.progress import Progress

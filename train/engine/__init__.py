@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from anchorformer.errors import UserError
-from train.config import EngineName, RunConfig
+from train.choices import EngineName
+from train.config import RunConfig
 from train.distributed import World
 from train.engine.base import Engine
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from anchorformer.contracts import Batch
-from train.config import EngineName, Part, RunConfig
+from train.choices import EngineName, Part
+from train.config import RunConfig
 from train.distributed import World
 from train.engine import whole
 from train.engine.saved import Form, Saved

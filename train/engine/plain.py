@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from anchorformer.contracts import Batch
-from train.config import Part, RunConfig
+from train.choices import Part
+from train.config import RunConfig
 from train.distributed import World
 from train.engine.base import Engine
 from train.loss import supervised_loss

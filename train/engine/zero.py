@@ -16,7 +16,8 @@ from torch.profiler import record_function
 
 from anchorformer.contracts import Batch
 from anchorformer.errors import UserError
-from train.config import Part, RunConfig
+from train.choices import Part
+from train.config import RunConfig
 from train.distributed import World
 from train.engine.base import Engine
 from train.engine.files import Files

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 from anchorformer.errors import UserError
-from train.config import Part
+from train.choices import Part
 from train.distributed import World
 from train.engine import Engine
 from train.facts import StepFacts

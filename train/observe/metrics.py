@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from evals.memory import GIB, Memory
-from train.config import Part
+from train.choices import Part
 from train.facts import StepFacts
 from train.observe.memory import by_rank, unevenness
 from train.observe.mfu import Mfu

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from anchorformer.errors import UserError
-from anchorformer.modeling import parse_tiling
-from train.config import Part
+from anchorformer.parts import parse_tiling
+from train.choices import Part
 from train.distributed import World
 from train.facts import StepFacts
 from train.plan.cards import card_of_device

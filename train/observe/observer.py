@@ -7,7 +7,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from train.config import Part
+from train.choices import Part
 from train.engine.base import total_norm
 from train.facts import StepFacts
 from train.faults.progress import Phase

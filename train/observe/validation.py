@@ -14,7 +14,8 @@ from evals.questions import Question
 from evals.respondent import ModelRespondent
 from evals.results import summarise
 from evals.tasks.base import PACKAGE, AnswerTask, TaskConfig
-from train.config import EngineName, RunConfig
+from train.choices import EngineName
+from train.config import RunConfig
 from train.distributed import World
 from train.faults.progress import Phase, Progress
 

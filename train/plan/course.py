@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from train.config import Part, RunConfig, StageName
+from train.choices import Part, StageName
+from train.config import RunConfig
 from train.plan.cards import named_card
 from train.plan.dealing import Lengths, mean
 from train.plan.fit import GB, Choice

@@ -11,7 +11,7 @@ import numpy as np
 
 from anchorformer.errors import UserError
 from data.sampler import permutation, plan_step
-from train.config import Part
+from train.choices import Part
 from train.plan.flops import Work, model_flops
 from train.plan.shapes import Shapes
 

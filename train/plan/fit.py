@@ -16,7 +16,8 @@ import yaml
 from anchorformer.errors import UserError
 from anchorformer.schema import parse
 from data.overrides import CONF
-from train.config import Checkpointing, Device, EngineName, LoraConfig, Part, Precision, RunConfig
+from train.choices import Checkpointing, Device, EngineName, Part, Precision
+from train.config import LoraConfig, RunConfig
 from train.plan.cards import named_card
 from train.plan.memory import Layout, Memory, MicroBatch, rank_memory
 from train.plan.shapes import Shapes, read_shapes

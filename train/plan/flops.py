@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from train.config import Part
+from train.choices import Part
 from train.plan.shapes import Shapes, TextShape, VisionShape
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, fields
 
-from train.config import LoraConfig, Part
+from train.choices import Part
+from train.config import LoraConfig
 from train.plan.adapter import NF4, adapter_kept, adapter_values
 from train.plan.connectors import FP32
 from train.plan.shapes import Shapes, TextShape, VisionShape

@@ -11,7 +11,8 @@ from typing import Any
 from anchorformer.errors import UserError
 from anchorformer.schema import TARGET
 from anchorformer.tiling import UNTILED, Tiling
-from train.config import Part, RunConfig
+from train.choices import Part
+from train.config import RunConfig
 from train.plan.connectors import ConnectorShape, Surroundings, connector_shape
 from train.plan.integrations import IntegrationShape, integration_shape
 from train.plan.spec import field_of, row_of

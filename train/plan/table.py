@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from train.config import Checkpointing, RunConfig
+from train.choices import Checkpointing
+from train.config import RunConfig
 from train.plan.adapter import adapter_values
 from train.plan.course import Assumptions, course
 from train.plan.fit import GB, Choice, choose, memory_limit, recommend, remedies

@@ -8,7 +8,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
 
-from train.config import LoraConfig, Part
+from train.choices import Part
+from train.config import LoraConfig
 from train.plan.connectors import FP32
 from train.plan.memory import MASTER_AND_MOMENTS, ZERO3_PREFETCH, ZERO3_REUSE, Layout, value_counts
 from train.plan.shapes import Shapes

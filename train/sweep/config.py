@@ -10,7 +10,8 @@ from typing import Any
 from anchorformer.errors import UserError
 from anchorformer.schema import Schema
 from data.config import Count, NotNegative
-from train.config import Positive, StageName
+from train.choices import StageName
+from train.config import Positive
 
 
 class Executor(str, Enum):

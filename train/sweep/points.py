@@ -14,8 +14,9 @@ from typing import Any
 
 from anchorformer.errors import UserError
 from evals.__main__ import compose_config as compose_evals
+from train.choices import StageName
 from train.compose import compose
-from train.config import RunConfig, StageName
+from train.config import RunConfig
 from train.prepare import check_parts
 from train.run.identity import hashed, numbers_digest
 from train.sweep.config import SweepConfig, every_product

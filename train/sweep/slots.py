@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from anchorformer.errors import UserError
-from train.config import Device, RunConfig
+from train.choices import Device
+from train.config import RunConfig
 from train.sweep.config import SweepConfig
 
 

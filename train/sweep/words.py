@@ -11,7 +11,7 @@ from typing import Any
 from anchorformer.errors import UserError
 from anchorformer.schema import parse
 from data.overrides import CommandLine, alternatives
-from train.config import StageName
+from train.choices import StageName
 from train.sweep.config import SweepConfig, every_product
 
 COMMAND_LINE = CommandLine(command="python -m train sweep", config="sweep", schema=SweepConfig)

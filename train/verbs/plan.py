@@ -12,8 +12,8 @@ import argparse
 from pathlib import Path
 
 from anchorformer.errors import UserError
+from train.choices import StageName
 from train.compose import compose
-from train.config import StageName
 from train.plan.course import Assumptions
 from train.plan.dealing import read_lengths
 from train.plan.table import plan_stage, render
