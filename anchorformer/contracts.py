@@ -89,6 +89,11 @@ class VisionFeatures:
     chosen_BN: Tensor | None = None
     num_chosen: tuple[int, ...] | None = None
 
+    @property
+    def patches_BPV(self) -> Tensor:
+        """The tokens without [CLS], (B, P, V)."""
+        return self.tokens_BNV[:, int(self.has_cls) :]
+
     def map(self, change: Callable[[Tensor], Tensor]) -> VisionFeatures:
         """The same features with each tensor changed, such as moved to another device."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}

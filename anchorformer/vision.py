@@ -27,7 +27,7 @@ from anchorformer.kernels.vision_attention import (
     pop_qk,
     pop_received,
 )
-from anchorformer.selectors.base import names_without_cls
+from anchorformer.selectors.base import without_cls
 from anchorformer.tapped_layers import counted, num_layers_needed, resolved
 from anchorformer.vision_families import attention_of, family_of, vision_config
 
@@ -315,12 +315,7 @@ def _quiet_loading() -> Iterator[None]:
 
 def _check_cls(config: PreTrainedConfig, has_cls: bool, needs: VisionNeeds) -> None:
     if needs.cls and not has_cls:
-        raise UserError(
-            "the selector needs the attention of [CLS]",
-            found=f"a {config.model_type} tower, which has no [CLS] token",
-            expected=f"a tower with [CLS], or one of the selectors {names_without_cls()}",
-            remedy="choose another vision tower (CLIP, DINOv2) or another selector",
-        )
+        raise without_cls("the selector", f"a {config.model_type} tower")
 
 
 def _parameter_to_buffer(model: nn.Module, path: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -57,25 +56,6 @@ class Connector(nn.Module):
         raise NotImplementedError
 
 
-def side_of(count: int, what: str) -> int:
-    """The side of a square of `count` cells.
-
-    Args:
-        what: what there are `count` of, for the message.
-
-    Raises:
-        UserError: the count is no square; names the next ones.
-    """
-    side = math.isqrt(count)
-    if side**2 != count:
-        raise UserError(
-            f"{what} have to fill a square", found=count,
-            expected=f"a square number, such as {max(side, 1) ** 2} or {(side + 1) ** 2}",
-            remedy="choose one of these, or another connector",
-        )  # fmt: skip
-    return side
-
-
 def width_of_heads(width: int, num_heads: int) -> int:
     """
     Raises:
@@ -87,8 +67,3 @@ def width_of_heads(width: int, num_heads: int) -> int:
             expected=f"a divisor of {width}", remedy="set model.connector.num_heads to one",
         )  # fmt: skip
     return width // num_heads
-
-
-def patches_of(features: VisionFeatures) -> Tensor:
-    """The visual tokens without [CLS], (B, P, V)."""
-    return features.tokens_BNV[:, int(features.has_cls) :]

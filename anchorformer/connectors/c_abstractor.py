@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from anchorformer.connectors.base import Connector, ConnectorConfig, patches_of, side_of
+from anchorformer.connectors.base import Connector, ConnectorConfig
 from anchorformer.contracts import Anchors, VisionFeatures
 from anchorformer.errors import UserError
+from anchorformer.raster import side_of
 
 _SQUEEZE = 0.25
 _INIT_STD = 0.02
@@ -87,7 +88,7 @@ class CAbstractor(Connector):
         self.projector = nn.Sequential(nn.Linear(vision_width, text_width), between, nn.Linear(text_width, text_width))
 
     def forward(self, anchors: Anchors, features: VisionFeatures) -> Tensor:
-        patches_BPV = patches_of(features).to(next(self.parameters()).dtype)
+        patches_BPV = features.patches_BPV.to(next(self.parameters()).dtype)
         if self.positions_PV is not None:
             patches_BPV = patches_BPV + self.positions_PV
         side = side_of(patches_BPV.shape[1], "the vision tower's patches")

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from anchorformer.connectors.base import Connector, ConnectorConfig, patches_of, side_of
+from anchorformer.connectors.base import Connector, ConnectorConfig
 from anchorformer.connectors.blocks import MultiHeadAttention
 from anchorformer.contracts import Anchors, VisionFeatures
+from anchorformer.raster import side_of
 
 _EPS = 1e-6
 _INIT_STD = 0.02
@@ -62,7 +63,7 @@ class MqtResampler(Connector):
 
     def forward(self, anchors: Anchors, features: VisionFeatures) -> Tensor:
         queries_TV = self.queries_TV
-        patches_BPV = patches_of(features).to(queries_TV.dtype)
+        patches_BPV = features.patches_BPV.to(queries_TV.dtype)
         batch, patches, width = patches_BPV.shape
         places_TV = sine_places(side_of(len(queries_TV), "the queries of resampler_mqt"), width, queries_TV.device)
         of_patches_PV = resized(places_TV, side_of(patches, "the vision tower's patches")).to(queries_TV)

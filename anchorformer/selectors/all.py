@@ -27,7 +27,7 @@ class AllSelector(Selector):
     """Hands on the patches as they are."""
 
     def forward(self, features: VisionFeatures) -> Anchors:
-        tokens_BPV = features.tokens_BNV[:, int(features.has_cls) :]
+        tokens_BPV = features.patches_BPV
         batch, patches, _ = tokens_BPV.shape
         indices = torch.arange(patches, device=tokens_BPV.device) + int(features.has_cls)
         return Anchors(tokens_BTV=tokens_BPV, indices_BT=indices.expand(batch, -1))

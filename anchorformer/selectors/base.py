@@ -192,21 +192,6 @@ def needed(tapped: Tensor | None) -> Tensor:
     return tapped
 
 
-def grid_side(selector: str, num_patches: int) -> int:
-    """Patches per side of a square image.
-
-    Raises:
-        UserError: they form no square.
-    """
-    side = round(num_patches**0.5)
-    if side**2 != num_patches:
-        raise UserError(
-            f"selector '{selector}' needs a square grid of patches", found=f"{num_patches} patches",
-            expected="a square number", remedy="choose another vision tower or another selector",
-        )  # fmt: skip
-    return side
-
-
 def names_without_cls() -> list[str]:
     """Names (files) of the selectors that serve a tower without [CLS], read from the package for error messages."""
     import anchorformer.selectors as package
@@ -229,12 +214,16 @@ def _subclasses(cls: type[SelectorConfig]) -> Iterator[type[SelectorConfig]]:
 def require_cls(selector: str, has_cls: bool) -> None:
     """
     Raises:
-        UserError: the tower has no [CLS]; names the selectors that do without.
+        UserError: as `without_cls`.
     """
     if not has_cls:
-        raise UserError(
-            f"selector '{selector}' ranks patches by [CLS]",
-            found="a vision tower without [CLS]",
-            expected=f"a tower with [CLS], or one of the selectors {names_without_cls()}",
-            remedy="choose another vision tower (CLIP, DINOv2) or another selector",
-        )
+        raise without_cls(f"selector '{selector}'", "a vision tower")
+
+
+def without_cls(selector: str, tower: str) -> UserError:
+    """The tower has no [CLS]; names the selectors that do without."""
+    return UserError(
+        f"{selector} ranks patches by [CLS]", found=f"{tower} without [CLS]",
+        expected=f"a tower with [CLS], or one of the selectors {names_without_cls()}",
+        remedy="choose another vision tower (CLIP, DINOv2) or another selector",
+    )  # fmt: skip

@@ -86,9 +86,11 @@ class CorrelationSelector(RaggedSelector):
     def choose(self, features: VisionFeatures) -> Tensor:
         # The first two taps: others may stand behind them.
         query_BLV, keys_BLPV = needed(features.query_BLV)[:, :2].float(), needed(features.keys_BLNV)[:, :2, 1:].float()
-        logits_BLP = torch.einsum("blv,blpv->blp", query_BLV, keys_BLPV) * query_BLV.shape[-1] ** -0.5
+        with torch.autocast(keys_BLPV.device.type, enabled=False):  # which and how many hang on these products
+            logits_BLP = torch.einsum("blv,blpv->blp", query_BLV, keys_BLPV) * query_BLV.shape[-1] ** -0.5
+            count_B = self._informative(keys_BLPV[:, 0])
         low_BP, deep_BP = logits_BLP.unbind(1)
-        sampled_BP = self._sampled(low_BP, self._informative(keys_BLPV[:, 0]), needed(features.image_key_B))
+        sampled_BP = self._sampled(low_BP, count_B, needed(features.image_key_B))
         return F.pad(sampled_BP | self._outliers(deep_BP.softmax(-1)), (1, 0))
 
     def _informative(self, keys_BPV: Tensor) -> Tensor:

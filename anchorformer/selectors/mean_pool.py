@@ -10,7 +10,10 @@ from pydantic import Field
 
 from anchorformer.contracts import Anchors, VisionFeatures
 from anchorformer.errors import UserError
-from anchorformer.selectors.base import Selector, SelectorConfig, grid_side, patches_of
+from anchorformer.raster import side_of
+from anchorformer.selectors.base import Selector, SelectorConfig
+
+WHAT = "the patches that selector 'mean_pool' reads"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +28,7 @@ class MeanPoolSelectorConfig(SelectorConfig):
         Raises:
             UserError: `window` does not divide the grid.
         """
-        side = grid_side("mean_pool", num_tokens - has_cls)
+        side = side_of(num_tokens - has_cls, WHAT)
         if side % self.window:
             raise UserError(
                 f"window={self.window} does not fit this vision tower",
@@ -37,7 +40,7 @@ class MeanPoolSelectorConfig(SelectorConfig):
 
     def build(self, num_tokens: int, num_heads: int, has_cls: bool) -> MeanPoolSelector:
         self.count(num_tokens, num_heads, has_cls)
-        return MeanPoolSelector(self.window, grid_side("mean_pool", num_tokens - has_cls))
+        return MeanPoolSelector(self.window, side_of(num_tokens - has_cls, WHAT))
 
 
 class MeanPoolSelector(Selector):
@@ -52,7 +55,7 @@ class MeanPoolSelector(Selector):
         self.side = side
 
     def forward(self, features: VisionFeatures) -> Anchors:
-        patches_BPV = patches_of(features.tokens_BNV, features)
+        patches_BPV = features.patches_BPV
         batch, _, width = patches_BPV.shape
         pooled = self.side // self.window
         squares = patches_BPV.reshape(batch, pooled, self.window, pooled, self.window, width)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from anchorformer.contracts import VisionFeatures
-from anchorformer.selectors.base import ClsAndPatches, ClsAndPatchesConfig, patches_of
+from anchorformer.selectors.base import ClsAndPatches, ClsAndPatchesConfig
 
 NUM_COMPONENTS = 3
 
@@ -30,7 +30,7 @@ class PcaSelector(ClsAndPatches):
     """
 
     def scores(self, features: VisionFeatures) -> Tensor:
-        patches_BPV = patches_of(features.tokens_BNV, features).float()
+        patches_BPV = features.patches_BPV.float()
         centred_BPV = patches_BPV - patches_BPV.mean(1, keepdim=True)
         with torch.autocast(centred_BPV.device.type, enabled=False):
             # Eigenvectors of the smaller of the two products; those of P x P, scaled, are the projections themselves.

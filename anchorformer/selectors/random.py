@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from anchorformer.contracts import VisionFeatures, VisionNeeds
-from anchorformer.selectors.base import ClsAndPatches, ClsAndPatchesConfig, needed, patches_of
+from anchorformer.selectors.base import ClsAndPatches, ClsAndPatchesConfig, needed
 
 MAX_SEED = 0xFFFFFFFF
 _WORD = MAX_SEED
@@ -43,7 +43,7 @@ class RandomSelector(ClsAndPatches):
         self.per_image = per_image
 
     def scores(self, features: VisionFeatures) -> Tensor:
-        batch, num_patches = patches_of(features.tokens_BNV, features).shape[:2]
+        batch, num_patches = features.patches_BPV.shape[:2]
         device = features.tokens_BNV.device
         key_B = needed(features.image_key_B) if self.per_image else torch.zeros(batch, dtype=torch.int64, device=device)
         return (hashes(key_B, self.seed, num_patches) >> 8).float()  # 24 bits, which fp32 holds exactly

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anchorformer.contracts import Anchors, VisionFeatures
-from anchorformer.selectors.base import ClsAndPatchesConfig, Selector, anchors_at, grid_side
+from anchorformer.raster import side_of
+from anchorformer.selectors.base import ClsAndPatchesConfig, Selector, anchors_at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,7 @@ class UniformSelectorConfig(ClsAndPatchesConfig):
 
     def build(self, num_tokens: int, num_heads: int, has_cls: bool) -> UniformSelector:
         num_patches = self.count(num_tokens, num_heads, has_cls) - has_cls
-        return UniformSelector(num_patches, grid_side("uniform", num_tokens - has_cls))
+        return UniformSelector(num_patches, side_of(num_tokens - has_cls, "the patches that selector 'uniform' reads"))
 
 
 class UniformSelector(Selector):

@@ -192,6 +192,17 @@ def test_tokens_in_half_precision_stay_what_they_are(name: str) -> None:
     assert tokens.dtype is torch.bfloat16
 
 
+@pytest.mark.parametrize("name", _names())
+def test_autocast_chooses_no_other_anchors(name: str) -> None:
+    many = [_features(seed=seed) for seed in range(20)]
+    for features in many:
+        exact, chosen = _select(name, features)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            tokens, indices = _select(name, features)
+        assert torch.equal(tokens, exact)
+        assert indices is None or torch.equal(indices, chosen)
+
+
 @pytest.mark.parametrize("name", FIXED)
 def test_it_is_one_graph_and_has_no_state(name: str) -> None:
     """No host synchronisation: a full graph would break on the first value read back."""

@@ -311,10 +311,10 @@ def test_the_tower_compiles_as_one_graph() -> None:
 
 
 def test_a_tower_without_cls_is_refused_where_scores_are_needed() -> None:
-    with pytest.raises(UserError, match=r"attention of \[CLS\]") as caught:
+    with pytest.raises(UserError, match=r"ranks patches by \[CLS\]") as caught:
         VisionTower(_stock("siglip_vision_model"), NEEDS)
     assert "'all'" in caught.value.expected
-    with pytest.raises(UserError, match=r"attention of \[CLS\]"):
+    with pytest.raises(UserError, match=r"ranks patches by \[CLS\]"):
         VisionTower.from_config(_config("siglip_vision_model"), NEEDS)
 
 
