@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.image_processing_base import ImageProcessingMixin
 
 from anchorformer.configuration import AnchorFormerConfig
+from anchorformer.convert import from_published, read_published
 from anchorformer.errors import UserError, run_guarded
 from anchorformer.hub import check_complete, load
 from anchorformer.images import ImageTransform
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 def assemble(
     vision: str, language_model: str, selector: Mapping[str, Any], connector: Mapping[str, Any], out: Path,
     *, template: str, tiling: Mapping[str, Any] | None = None, integration: Mapping[str, Any] | None = None,
-    seed: int = 0,
+    seed: int = 0, projector: Path | None = None,
 ) -> Path:  # fmt: skip
     """Writes a model folder; the backbones keep the precision they were published in, the connector starts in fp32.
 
@@ -47,9 +48,12 @@ def assemble(
         tiling: fields of `anchorformer.tiling.Tiling`; none for one tile per image.
         integration: plug-in mapping; none for a language model that sees no more than the connector's embeddings.
         seed: of the fresh connector's weights, and of the integration's.
+        projector: file of published weights that the connector starts from, in AnchorFormer's or LLaVA's layout
+            (`anchorformer.convert`); none for a fresh one.
 
     Raises:
-        UserError: a backbone that cannot be found or does not fit the selector or connector.
+        UserError: a backbone that cannot be found or does not fit the selector or connector; a projector that cannot be
+            read or does not fit the connector.
     """
     # Everything that can be refused is refused here, from configurations and tokenizer files alone.
     selector_config, connector_config = parse_parts(selector, connector)
@@ -67,9 +71,11 @@ def assemble(
         template=template,
     )
     with torch.device("meta"):
+        unfilled = connector_config.build(shape.width, text_config.hidden_size).state_dict()
         build_integration(
             integration_config, tiling_config, selector_config, shape, text_config, processor.num_image_tokens
         )
+    published = None if projector is None else from_published(read_published(projector), unfilled)
 
     log.info("vision tower from %s", vision)
     tower = load("vision tower", vision, lambda name, **_: VisionTower.from_backbone(name, selector_config.needs))
@@ -82,6 +88,8 @@ def assemble(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = connector_config.build(tower.width, text_config.hidden_size)
+        if published is not None:
+            fresh.load_state_dict(published)
         integrated = build_integration(
             integration_config, tiling_config, selector_config, tower, text_config, processor.num_image_tokens
         )
@@ -210,12 +218,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("out", type=Path, help="folder to be written")
     parser.add_argument("--template", default="v1", help="conversation template of the processor (default: v1)")
     parser.add_argument("--seed", type=int, default=0, help="of the fresh connector (default: 0)")
+    parser.add_argument(
+        "--projector", type=Path, help="published weights to start the connector from, as mm_projector.bin"
+    )
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     recipe = read_recipe(options.model)
     assemble(
         recipe.vision, recipe.language_model, recipe.selector, recipe.connector, options.out,
         template=options.template, tiling=to_plain(recipe.tiling), integration=recipe.integration, seed=options.seed,
+        projector=options.projector,
     )  # fmt: skip
 
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from anchorformer.errors import UserError
@@ -18,6 +23,33 @@ _FEED_FORWARD = {"norm": "0", "up": "1", "down": "3"}
 _LAYER = re.compile(
     r"layers\.(\d+)\.(?:cross\.(norm_media|norm_queries|to_q|to_kv|to_out)|ff\.(norm|up|down))\.(weight|bias)"
 )
+
+
+def read_published(path: Path) -> dict[str, Tensor]:
+    """A published projector's tensors: a `.safetensors` file, or one of torch such as LLaVA's `mm_projector.bin`.
+
+    Of a file that holds more than a projector only what is named `mm_projector` is taken.
+
+    Raises:
+        UserError: no such file, or one that holds anything but tensors by name; no code in it is ever run.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            found = load_file(path)
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise _no_projector(path, " ".join(str(error).split())[:300]) from None
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise _no_projector(path, f"{type(found).__name__}, not tensors by name")
+    return {key: value for key, value in found.items() if _PUBLISHED_PREFIX.match(key)} or found
+
+
+def _no_projector(path: Path, found: str) -> UserError:
+    return UserError(
+        f"the projector {path} cannot be read", found=found, expected="mm_projector.bin or a .safetensors file",
+        remedy="name the file of the projector's weights; a clone without git-lfs holds pointers instead",
+    )  # fmt: skip
 
 
 def from_published(published: Mapping[str, Tensor], connector: Mapping[str, Tensor]) -> dict[str, Tensor]:
