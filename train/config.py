@@ -36,6 +36,7 @@ class LoraConfig(Schema):
     """An adapter of low rank (Hu et al., 2021) that is trained in place of the language model's own weights."""
 
     rank: Count
+    """Width of what lies between the two matrices of an adapted layer."""
     alpha: Count
     """What the adapter adds is multiplied by alpha / rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -67,11 +68,13 @@ class StageConfig(Schema):
     warmup_ratio: Share = 0.03
     """Share of the steps with linearly rising learning rate."""
     schedule: Schedule = Schedule.cosine
+    """How the learning rate goes on behind the warmup."""
     min_lr_ratio: Share = 0.0
     """Where the cosine ends, as a share of the peak."""
     clip_norm: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     """Largest total gradient norm; 0 switches clipping off."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Of AdamW, as `eps`."""
     eps: Positive = 1e-8
 
     def adapts(self, part: Part) -> bool:
@@ -89,7 +92,9 @@ class ModelConfig(Schema):
     """What `anchorformer.assemble` builds: hub ids or local folders, and the parts between them."""
 
     vision: str
+    """Hub id or folder of a CLIP, DINOv2 or SigLIP model."""
     language_model: str
+    """Hub id or folder of a causal language model with its tokenizer."""
     selector: dict[str, Any]
     """Plug-in of `anchorformer.selectors`."""
     connector: dict[str, Any]
@@ -107,9 +112,11 @@ class HardwareConfig(Schema):
     """What the run is started on."""
 
     device: Device = Device.auto
+    """`auto` is CUDA where there is a card."""
     ranks: Count = 1
     """Processes per node."""
     nodes: Count = 1
+    """Machines, each with `ranks` processes."""
     micro_batch: Count = 1
     """Most samples in one micro-batch of one rank."""
     precision: Precision = Precision.auto
@@ -128,6 +135,7 @@ class HardwareConfig(Schema):
     compile: tuple[Part, ...] = ()
     """Parts that run through torch.compile; not under ZeRO-3."""
     kernels: Kernels = Kernels.auto
+    """Form of the fused operations."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,8 +217,11 @@ class RunConfig(Schema):
     profile: str | None = None
     """Steps of which every rank writes a trace, `step:10` or `step:10-12`; null writes none."""
     engine: EngineName = EngineName.deepspeed
+    """`plain` is PyTorch alone, on one rank: what DeepSpeed is compared with."""
     seed: NotNegative = 0
+    """Of fresh weights, the order of samples, dropout and whatever else is drawn."""
     repro: Repro = Repro.fast
+    """How far two runs of one config agree."""
     init_from: str | None = None
     """Run or model folder to start from; required by finetune, while align assembles a fresh model without it."""
     rehearse: bool = False
@@ -218,6 +229,7 @@ class RunConfig(Schema):
     resume: str = "never"
     """`never`, `auto` (newest complete checkpoint of this run) or a checkpoint folder."""
     output_root: str = "checkpoints"
+    """Folder of all runs."""
 
     def __post_init__(self) -> None:
         check(self)

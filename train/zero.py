@@ -26,7 +26,9 @@ class ZeroConfig(Schema):
     """DeepSpeed ZeRO: what is sharded over the ranks, where it lies, and what of it travels between nodes."""
 
     stage: int = 2
+    """0 shards nothing, 1 the optimizer state, 2 the gradients too, 3 the weights too."""
     overlap_comm: bool = True
+    """Gradients travel while backward still computes."""
     bucket_size: Count = 200_000_000
     """Elements per reduce bucket."""
     offload_optimizer: Offload = Offload.none
