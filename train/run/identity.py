@@ -28,8 +28,9 @@ MAY_CHANGE = (
     "hardware.micro_batch", "hardware.card", "hardware.memory_gb", "hardware.activation_checkpointing",
     "hardware.compile", "hardware.kernels",
 )  # fmt: skip
-"""Keys of the config that a resumed run may have otherwise. Beside what decides nothing: how a step is cut and computed,
-because the next machine may be another; what happens to bad images, because who meets one must be able to go on."""
+"""Keys of the config that a resumed run may have otherwise. Beside what decides nothing: how a step is cut and
+computed, because the next machine may be another; what happens to bad images, because who meets one must be able to go
+on."""
 
 CAME_LATER: dict[str, dict[str, Any]] = {
     "stage": {"lora": None},
