@@ -11,7 +11,7 @@ from typing import Any
 from evals.report.entry import Entry, short_names, spoken
 from evals.run_keys import NOT_DECISIVE, is_within
 
-OF_ONE_RUN = (*NOT_DECISIVE, "seed", "init_from")
+NOT_COMPARED = (*NOT_DECISIVE, "seed", "init_from")
 """Config keys that repetitions may have otherwise. Beside what decides nothing: the seed, and where it started, because
 every seed has a stage before of its own, which is compared itself."""
 MAX_VALUES = 4
@@ -77,7 +77,7 @@ def seed_of(entry: Entry) -> Any:
 
 def essential(values: Mapping[str, Any]) -> dict[str, Any]:
     """A config, or a point, without names, places and seeds."""
-    return {key: value for key, value in values.items() if not is_within(key.rpartition(":")[2], OF_ONE_RUN)}
+    return {key: value for key, value in values.items() if not is_within(key.rpartition(":")[2], NOT_COMPARED)}
 
 
 def _essence(entry: Entry) -> str:

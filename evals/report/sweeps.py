@@ -41,7 +41,7 @@ def trials(folder: Path, read: Callable[[Path], Stage]) -> Iterator[Entry]:
         )  # fmt: skip
     names = short_names(axis for point in points.values() for axis in point)
     varying = [axis for axis in names if len({str(point.get(axis)) for point in points.values()}) > 1]
-    left_out = f"left out: {earlier} trial(s) that an earlier definition of the sweep has left in {folder.name}/trials"
+    left_out = f"{folder.resolve().name}: {earlier} trial(s) of an earlier definition of the sweep are left out"
     notes = (read_json(folder / SWEEP).get("definition", {}).get("note", ""), left_out if earlier else "")
     several = len({grid for of_trial in grids.values() for grid in of_trial}) > 1
     for name, point in points.items():

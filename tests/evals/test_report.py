@@ -232,7 +232,7 @@ def test_a_trial_of_two_grids_is_one_row(tmp_path: Path) -> None:
     (sweep / "sweep.json").write_text(json.dumps({"points": listed}))
     text = report(sweep)
     assert cells(text, "trial")[:4] == ["trial", "grid", "selector", "depth"]
-    assert "left out" not in text
+    assert "are left out" not in text
     assert cells(text, "t0")[:4] == ["t0", "selectors", "random", "2"]
     assert cells(text, "t1")[:4] == ["t1", "depths selectors", "anchor", "6"]
 
@@ -242,7 +242,7 @@ def test_what_an_earlier_definition_has_left_is_no_trial_of_the_sweep(tmp_path: 
     definition = json.loads((folder / "sweep.json").read_text())
     (folder / "sweep.json").write_text(json.dumps({"points": definition["points"][2:]}))
     text = report(folder)
-    assert "- left out: 2 trial(s) that an earlier definition of the sweep has left in ablation/trials" in text
+    assert "- ablation: 2 trial(s) of an earlier definition of the sweep are left out" in text
     assert [name for name in ("t00", "t01", "t02") if f"| {name} " in text] == ["t02"]
     assert len(gather([folder])) == 10
     (folder / "sweep.json").write_text(json.dumps({"points": []}))
