@@ -49,20 +49,21 @@ train: install ## mini world, backbones, align, finetune, evaluation, report (at
 train-full: install ## the same with the longer recipe
 	@launch/miniworld.sh full
 
+# World, sweep and report; where trials failed (1) there is a report as well, which says why, and make still ends so.
+define swept
+@$(PY) -m miniworld --budget $(2) --out $(WORLD)
+@code=0; $(PY) -m train sweep sweep=$(1) || code=$$?; \
+[ $$code -gt 1 ] || $(PY) -m evals.report checkpoints/$(1); exit $$code
+endef
+
 sweep: install ## smoke: 12 points of anchors and depth on the mini world, and their report (at most 30 minutes on 2 cores)
-	@$(PY) -m miniworld --budget smoke --out $(WORLD)
-	@$(PY) -m train sweep sweep=miniworld_smoke
-	@$(PY) -m evals.report checkpoints/miniworld_smoke
+	$(call swept,miniworld_smoke,smoke)
 
 ablation: install ## connectors, anchors and selectors of the mini world, three seeds each (hours; goes on where it was stopped)
-	@$(PY) -m miniworld --budget train --out $(WORLD)
-	@$(PY) -m train sweep sweep=miniworld_ablation
-	@$(PY) -m evals.report checkpoints/miniworld_ablation
+	$(call swept,miniworld_ablation,train)
 
 neighbours: install ## experimental: the other [CLS] methods beside AnchorFormer on the mini world, at one budget, three seeds (hours; goes on where it was stopped)
-	@$(PY) -m miniworld --budget train --out $(WORLD)
-	@$(PY) -m train sweep sweep=miniworld_neighbours
-	@$(PY) -m evals.report checkpoints/miniworld_neighbours
+	$(call swept,miniworld_neighbours,train)
 
 dashboard: install ## Trackio over all runs below checkpoints/, on loopback
 	@$(PY) -m train dashboard

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.plot import MISSED, OTHER, OURS, Bar, bars
-from bench.table import ROOT, markdown, read
+from bench.table import ROOT, markdown, read, short_commit
 
 RESULTS = ROOT / "bench" / "results"
 PLOTS = ROOT / "docs" / "plots"
@@ -75,8 +75,7 @@ def _origin(sheet: Sheet) -> str:
     card = f"{sheet['gpu']} ({sheet['gpu_memory_gb']} GB), " if sheet["gpu"] else ""
     machine = f"{card}{sheet['cpu']}, {sheet['cores']} cores, {sheet['threads']} thread(s) of torch"
     facts = ", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in sheet["facts"].items())
-    commit = (sheet["commit"] or "unknown")[:12]
-    made = f"`{sheet['command']}` at commit {commit}, {sheet['time']}"
+    made = f"`{sheet['command']}` at commit {short_commit(sheet['commit'] or 'unknown')}, {sheet['time']}"
     return f"{made}; {machine}; Python {sheet['python']}, {installed}; {facts}."
 
 

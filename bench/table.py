@@ -114,6 +114,11 @@ def show(value: Any) -> str:
     return str(value)
 
 
+def short_commit(commit: str) -> str:
+    """The head of a commit, and the `+` of one whose files had changes."""
+    return commit[:12] + "+" * (len(commit) > 12 and commit.endswith("+"))
+
+
 def _command() -> str:
     module = sys.modules["__main__"].__spec__
     name = module.name.removesuffix(".__main__") if module else sys.argv[0]

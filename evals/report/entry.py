@@ -22,7 +22,7 @@ class Entry:
         state: of the trial, or of its last stage.
         seconds: how long the trial took by the launcher's clock.
         log: why a trial failed: what the sweep says of it, and the last lines of its log.
-        note: what a reader has to know first, as the sweep's definition has it.
+        notes: what a reader has to know of its sweep first.
     """
 
     label: str
@@ -34,7 +34,7 @@ class Entry:
     state: str
     seconds: float | None = None
     log: str = ""
-    note: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def last(self) -> Stage | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -19,6 +20,8 @@ COSTS = {
     "peak GiB": "peak memory in training (GiB, fullest rank)",
 }
 """What a score is weighed against: name in tables -> on an axis. All are better when lower."""
+TIMING = ("vision_features", "precision", "batch_size", "machine", "ranks")
+"""What results have to share before their milliseconds are set side by side."""
 
 
 def loss_at_start(stage: Stage) -> float | None:
@@ -59,6 +62,24 @@ def ms_per_question(result: Row) -> float | None:
     """Milliseconds of evaluation per question: generation in batches, on the machine that the result names."""
     asked = _asked(result)
     return 1000 * result["time"]["seconds"] / asked if asked else None
+
+
+def unlike(results: Iterable[Row], keys: Iterable[str]) -> list[str]:
+    """The keys in which not all of these results say the same."""
+    rows = list(results)
+    return [key for key in keys if len({json.dumps(row.get(key), sort_keys=True) for row in rows}) > 1]
+
+
+def answered(results: Mapping[str, Mapping[Condition, Row]]) -> list[Row]:
+    """Of results by task and condition: those with the right image whose score is a share of right answers."""
+    right = [by_condition[Condition.right] for by_condition in results.values() if Condition.right in by_condition]
+    return [result for result in right if not lower_is_better(result)]
+
+
+def comparable_costs(entries: Iterable[Entry]) -> list[str]:
+    """The entries of COSTS; milliseconds per question only where all of them were measured alike."""
+    rows = [row for entry in entries if entry.last for row in answered(entry.last.results)]
+    return [name for name in COSTS if name != "ms/question" or not unlike(rows, TIMING)]
 
 
 def scored(entry: Entry, condition: Condition = Condition.right) -> dict[str, Row]:
@@ -105,7 +126,7 @@ def costs(entry: Entry) -> dict[str, float | None]:
     ]  # fmt: skip
     return {
         "visual tokens": visual_tokens(results),
-        "ms/question": ms_of_all([result for result in results if not lower_is_better(result)]),
+        "ms/question": ms_of_all(answered(entry.last.results)) if entry.last else None,
         "ms/sample": ms_per_sample(entry.last) if entry.last else None,
         "peak GiB": peak_memory(entry.last) if entry.last else None,
     }

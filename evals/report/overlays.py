@@ -66,14 +66,11 @@ class Answers:
 def gallery(groups: Sequence[Group]) -> Gallery | None:
     """Overlays of the newest step of the last stage that has any; of a group, those of its first run that has them."""
     notes: list[str] = []
-    found: list[tuple[str, dict[str, Overlay]]] = []
-    for group in groups:
-        media = next((path for entry in group.entries if (path := _newest(entry))), None)
-        if media:
-            found.append((f"{group.label} ({media.name})", _read(media, notes)))
-    if len(found) > MAX_COLUMNS:
-        notes.append(f"shown are the first {MAX_COLUMNS} of {len(found)} groups with overlays")
-    found = found[:MAX_COLUMNS]
+    looked = [(group, media) for group in groups if (media := _newest_of(group))]
+    shown = _columns([_selector(group) for group, _ in looked])
+    found = [(f"{group.label} ({media.name})", _read(media, notes)) for group, media in (looked[i] for i in shown)]
+    if len(looked) > MAX_COLUMNS:
+        notes.append(f"shown are {MAX_COLUMNS} of {len(looked)} groups with overlays, each selector in one of them")
     names = list(dict.fromkeys(name for _, overlays in found for name in overlays))
     if len(names) > MAX_IMAGES:
         notes.append(f"shown are the first {MAX_IMAGES} of {len(names)} images")
@@ -88,7 +85,8 @@ def answers(groups: Sequence[Group]) -> list[Answers]:
         UserError: a file of predictions is damaged.
     """
     tables = []
-    firsts = [(group.label, group.entries[0]) for group in groups][:MAX_COLUMNS]
+    shown = [groups[place] for place in _columns([_selector(group) for group in groups])]
+    firsts = [(group.label, group.entries[0]) for group in shown]
     for task in figures.answered_tasks(entry for _, entry in firsts):
         asked = [(label, rows) for label, entry in firsts if (rows := _predictions(entry, task))]
         # By id, prompt and references: another world, or another prompt, may use the same ids.
@@ -102,6 +100,22 @@ def answers(groups: Sequence[Group]) -> list[Answers]:
         if lines:
             tables.append(Answers(task, [label for label, _ in asked], lines))
     return tables
+
+
+def _columns(selectors: Sequence[str]) -> list[int]:
+    """Which places are shown, in their order: the first of each selector, and as many others as there is room for."""
+    firsts = {selector: place for place, selector in reversed(list(enumerate(selectors)))}
+    order = sorted(range(len(selectors)), key=lambda place: place != firsts[selectors[place]])
+    return sorted(order[:MAX_COLUMNS])
+
+
+def _selector(group: Group) -> str:
+    config = group.entries[0].last.config if group.entries[0].last else {}
+    return str(config.get("model.selector._target_"))
+
+
+def _newest_of(group: Group) -> Path | None:
+    return next((path for entry in group.entries if (path := _newest(entry))), None)
 
 
 def _newest(entry: Entry) -> Path | None:

@@ -24,7 +24,7 @@ def parallel(entries: Sequence[Entry]) -> Plot | None:
     if len(trials) < 2:
         return None
     dimensions = {axis: [entry.axes.get(axis) for entry in trials] for axis in _axes(trials)}
-    dimensions |= {name: [figures.costs(entry)[name] for entry in trials] for name in figures.COSTS}
+    dimensions |= {name: [figures.costs(entry)[name] for entry in trials] for name in figures.comparable_costs(trials)}
     dimensions["loss at end"] = [figures.loss_at_end(entry.last) if entry.last else None for entry in trials]
     dimensions |= {task: [figures.scores(entry, [task])[task] for entry in trials] for task in tasks}
     if len(tasks) > 1:

@@ -86,22 +86,24 @@ def pareto(groups: Sequence[Group]) -> Plot | None:
     """Score against what it costs; the line joins the groups that no other one beats in both."""
     tasks = figures.answered_tasks(entry for group in groups for entry in group.entries)
     scores = ([MEAN] if len(tasks) > 1 else []) + tasks
+    costs = figures.comparable_costs(entry for group in groups for entry in group.entries)
     found = {
         (i, j): figure
         for i, score in enumerate(scores)
-        for j, cost in enumerate(figures.COSTS)
+        for j, cost in enumerate(costs)
         if (figure := _weighed(groups, score, cost, tasks))
     }
     if not found:
         return None
     # Only what at least two groups have recorded can be chosen.
-    ranked, costs = sorted({i for i, _ in found}), sorted({j for _, j in found})
+    ranked, weighed = sorted({i for i, _ in found}), sorted({j for _, j in found})
     return Plot(
         "pareto", "Score against cost",
         "Small marks are single runs, large ones the mean over the seeds of a group. The line joins the groups that no "
-        "other group beats in both. Times and memory are as recorded, on the machines named below.",
-        {f"{ranked.index(i)},{costs.index(j)}": figure for (i, j), figure in found.items()},
-        {"score": [scores[i] for i in ranked], "cost": [list(figures.COSTS.values())[j] for j in costs]},
+        "other group beats in both. Times and memory are as recorded, on the machines named below; milliseconds per "
+        "question are no choice where they were not measured alike.",
+        {f"{ranked.index(i)},{weighed.index(j)}": figure for (i, j), figure in found.items()},
+        {"score": [scores[i] for i in ranked], "cost": [figures.COSTS[costs[j]] for j in weighed]},
     )  # fmt: skip
 
 

@@ -79,11 +79,11 @@ def read_stage(folder: Path) -> Stage:
         steps=steps,
         health=_lines(folder / "health.jsonl", ("step",), notes),
         validation=_lines(folder / "evals.jsonl", ("step",), notes),
-        results=_results(folder / "evals"),
+        results=results(folder / "evals"),
         variants={
             path.name: found
             for path in sorted((folder / "evals").glob("*/"))
-            if path.name != SUBMISSIONS and (found := _results(path))
+            if path.name != SUBMISSIONS and (found := results(path))
         },
         state=next((state for name, state in ENDINGS.items() if (folder / name).exists()), "not ended"),
         notes=tuple(notes),
@@ -99,7 +99,12 @@ def _lines(path: Path, needs: Sequence[str], notes: list[str]) -> list[dict[str,
     return rows
 
 
-def _results(folder: Path) -> dict[str, dict[Condition, dict[str, Any]]]:
+def results(folder: Path) -> dict[str, dict[Condition, dict[str, Any]]]:
+    """Task -> condition -> result of an `evals/` folder; an evaluation of a part of a task is one of its own.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
     by_task: dict[str, dict[Condition, dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.json"), key=lambda path: path.stem):
         result = read_json(path, RESULT)

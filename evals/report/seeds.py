@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from evals.report.entry import Entry, short_names, spoken
+from evals.run_keys import NOT_DECISIVE, is_within
 
-NAMES = ("run", "init_from", "resume", "output_root")
-"""Config keys that only say what a run is called and where it lies."""
-SHOWN = ("tracker", "log", "health", "eval")
-"""Sections of a config that decide what is shown of a run, and nothing of the run."""
+NOT_COMPARED = (*NOT_DECISIVE, "seed", "init_from")
+"""Config keys that repetitions may have otherwise. Beside what decides nothing: the seed, and where it started, because
+every seed has a stage before of its own, which is compared itself."""
 MAX_VALUES = 4
 """Config values that a label names at most."""
 
@@ -77,10 +77,7 @@ def seed_of(entry: Entry) -> Any:
 
 def essential(values: Mapping[str, Any]) -> dict[str, Any]:
     """A config, or a point, without names, places and seeds."""
-    return {
-        key: value for key, value in values.items()
-        if key not in NAMES and key.split(".")[0] not in SHOWN and key.rpartition(":")[2] != "seed"
-    }  # fmt: skip
+    return {key: value for key, value in values.items() if not is_within(key.rpartition(":")[2], NOT_COMPARED)}
 
 
 def _essence(entry: Entry) -> str:

@@ -21,25 +21,28 @@ LOG_LINES = 8
 
 
 def trials(folder: Path, read: Callable[[Path], Stage]) -> Iterator[Entry]:
-    """The trials of a sweep in the order of its points, then those that an earlier definition has left.
+    """The trials of a sweep in the order of its points; those that an earlier definition has left are only counted.
 
     Args:
         read: from a run's folder to the stage.
 
     Raises:
-        UserError: no trial is there yet, or a file of the sweep is damaged.
+        UserError: none of its trials is there yet, or a file of the sweep is damaged.
     """
     files = {path.parent.name: path for path in sorted(folder.glob("trials/*/trial.json"))}
-    if not files:
-        raise UserError(
-            f"no trial of the sweep {folder} has begun", found="no trials/*/trial.json", expected="at least one",
-            remedy="report on it once it runs",
-        )  # fmt: skip
     told = {name: read_json(path, ("point", "state")) for name, path in files.items()}
     points, grids = _points(folder, told)
+    earlier = len(told) - len(points)
+    if not points:
+        raise UserError(
+            f"no trial of the sweep {folder} has begun",
+            found=f"trials of an earlier definition: {earlier}" if earlier else "no trials/*/trial.json",
+            expected="at least one of its points", remedy="report on it once it runs",
+        )  # fmt: skip
     names = short_names(axis for point in points.values() for axis in point)
     varying = [axis for axis in names if len({str(point.get(axis)) for point in points.values()}) > 1]
-    note = read_json(folder / SWEEP, ()).get("definition", {}).get("note", "")
+    left_out = f"{folder.resolve().name}: {earlier} trial(s) of an earlier definition of the sweep are left out"
+    notes = (read_json(folder / SWEEP).get("definition", {}).get("note", ""), left_out if earlier else "")
     several = len({grid for of_trial in grids.values() for grid in of_trial}) > 1
     for name, point in points.items():
         path, trial = files[name].parent, told[name]
@@ -52,7 +55,8 @@ def trials(folder: Path, read: Callable[[Path], Stage]) -> Iterator[Entry]:
             point={names[axis]: spoken(value) for axis, value in point.items()},
             axes=axes | {names[axis]: spoken(point.get(axis, _configured(config, axis))) for axis in names},
             state=STANDING.get(trial["state"], str(trial["state"])), seconds=trial.get("seconds"),
-            log=_failure(path, trial) if trial["state"] == "failed" else "", note=note,
+            log=_failure(path, trial) if trial["state"] == "failed" else "",
+            notes=tuple(filter(None, notes)),
         )  # fmt: skip
 
 
@@ -62,9 +66,8 @@ def _points(folder: Path, told: Mapping[str, Any]) -> tuple[dict[str, dict[str, 
     if not all(isinstance(point, dict) and point.keys() >= POINT for point in listed):
         raise unreadable(folder / SWEEP, f"a point without {', '.join(sorted(POINT))}")
     begun = [point for point in listed if point["trial"] in told]
-    order = dict.fromkeys([*(point["trial"] for point in begun), *told])
-    points = {name: dict(told[name]["point"]) for name in order}
-    grids: dict[str, list[str]] = {name: [] for name in order}
+    points = {point["trial"]: dict(told[point["trial"]]["point"]) for point in begun}
+    grids: dict[str, list[str]] = {name: [] for name in points}
     for point in begun:
         points[point["trial"]] |= point["point"]
         grids[point["trial"]].append(str(point["grid"]))

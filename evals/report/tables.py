@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from evals.report.seeds import Group, seed_of, spread
 from evals.report.table import Column, Table, Value, markdown
 
 Timings = Mapping[str, float | Mapping[str, float]]
-DECISIVE = ("n", "source", "first_prompt", "metric_variant", "decoding", "template")
+DECISIVE = ("n", "source", "first_prompt", "metric_variant", "decoding", "template", "precision")
 """What results of a task have to share before their scores are set side by side."""
 NAMED = 4
 """Trials of a state that a note names."""
@@ -154,7 +153,7 @@ def parts(timings: Timings, entries: Sequence[Entry]) -> Table:
 
 def notes(entries: Sequence[Entry]) -> list[str]:
     """What a reader has to know first, what is missing or damaged, and which entries failed."""
-    told = [entry.note for entry in entries if entry.note]
+    told = [note for entry in entries for note in entry.notes]
     told += [
         f"{_where(entry, stage, entries)} {_standing(stage.state)}"
         for entry, stage in _stages(entries) if stage.state != "done"
@@ -164,6 +163,7 @@ def notes(entries: Sequence[Entry]) -> list[str]:
         f"not asked alike everywhere, so that scores do not compare: {', '.join(tasks)} (different: {unlike})"
         for unlike, tasks in _unlike(entries).items()
     ]
+    told += _timing(entries)
     unfinished: dict[str, list[str]] = {}
     for entry in entries:
         if entry.sweep and entry.state != "done":
@@ -254,11 +254,21 @@ def _unlike(entries: Sequence[Entry]) -> dict[str, list[str]]:
             asked.setdefault(task, []).append(result)
     found: dict[str, list[str]] = {}
     for task, results in asked.items():
-        seen = {key: {json.dumps(result.get(key), sort_keys=True) for result in results} for key in DECISIVE}
-        unlike = [key for key, values in seen.items() if len(values) > 1]
-        if unlike:
+        if unlike := figures.unlike(results, DECISIVE):
             found.setdefault(", ".join(unlike), []).append(task)
     return found
+
+
+def _timing(entries: Sequence[Entry]) -> Iterable[str]:
+    """What the milliseconds per question are of, where that is not the whole model on one machine."""
+    results = [
+        row for entry in entries if entry.last
+        for by_task in (entry.last.results, *entry.last.variants.values()) for row in figures.answered(by_task)
+    ]  # fmt: skip
+    if unlike := figures.unlike(results, figures.TIMING):
+        yield f"not measured alike everywhere, so that ms/question do not compare (different: {', '.join(unlike)})"
+    elif results and results[0].get("vision_features") == "cached":
+        yield "ms/question are without the vision tower, whose features came from the cache"
 
 
 def _commits(group: Group) -> set[str]:

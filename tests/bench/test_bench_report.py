@@ -12,7 +12,7 @@ import pytest
 from bench import report
 from bench.plot import Bar, bars
 from bench.runner import Row
-from bench.table import Sheet
+from bench.table import Sheet, short_commit
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -47,6 +47,12 @@ def test_cpu_results_become_a_table_with_its_origin_and_notes(tmp_path: Path) ->
     assert "- *layer: time; layer: bytes*: how." in page
     assert "seconds 5 in all" in page
     assert f"](plots/{next(iter(plots))})" in page
+
+
+def test_a_commit_with_changes_is_told_from_one_without() -> None:
+    commit = "0123456789abcdef"
+    assert (short_commit(commit), short_commit(f"{commit}+")) == (commit[:12], f"{commit[:12]}+")
+    assert short_commit("unknown") == "unknown"
 
 
 def test_gpu_results_become_a_table_per_kind_and_name_what_was_left_out(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from evals.report import __main__ as command
 from evals.report import figures, tables
 from evals.report.gathering import gather
 from evals.report.overlays import answers
+from evals.report.plots import pareto
 from evals.report.seeds import essential, group
 from tests.evals.runs_on_disk import config, write_result, write_stage, write_sweep
 
@@ -231,15 +232,53 @@ def test_a_trial_of_two_grids_is_one_row(tmp_path: Path) -> None:
     (sweep / "sweep.json").write_text(json.dumps({"points": listed}))
     text = report(sweep)
     assert cells(text, "trial")[:4] == ["trial", "grid", "selector", "depth"]
+    assert "are left out" not in text
     assert cells(text, "t0")[:4] == ["t0", "selectors", "random", "2"]
     assert cells(text, "t1")[:4] == ["t1", "depths selectors", "anchor", "6"]
+
+
+def test_what_an_earlier_definition_has_left_is_no_trial_of_the_sweep(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "ablation", with_media=False)
+    definition = json.loads((folder / "sweep.json").read_text())
+    (folder / "sweep.json").write_text(json.dumps({"points": definition["points"][2:]}))
+    text = report(folder)
+    assert "- ablation: 2 trial(s) of an earlier definition of the sweep are left out" in text
+    assert [name for name in ("t00", "t01", "t02") if f"| {name} " in text] == ["t02"]
+    assert len(gather([folder])) == 10
+    (folder / "sweep.json").write_text(json.dumps({"points": []}))
+    with pytest.raises(UserError, match="has begun") as refused:
+        gather([folder])
+    assert "trials of an earlier definition: 12" in str(refused.value)
+
+
+def test_milliseconds_that_were_not_measured_alike_are_weighed_against_nothing(tmp_path: Path) -> None:
+    runs = [write_stage(tmp_path / name, [1.0], {"scene": {"right": 0.5}}, config=config(depth=n))
+            for n, name in enumerate("ab")]  # fmt: skip
+    for run, features in zip(runs, ("cached", "cached"), strict=True):
+        note_of_result(run, vision_features=features)
+    groups = group(gather(runs))
+    assert figures.COSTS["ms/question"] in pareto(groups).choices["cost"]  # type: ignore[union-attr]
+    assert "- ms/question are without the vision tower, whose features came from the cache" in report(*runs)
+    note_of_result(runs[0], vision_features="live")
+    groups = group(gather(runs))
+    assert figures.COSTS["ms/question"] not in pareto(groups).choices["cost"]  # type: ignore[union-attr]
+    assert "so that ms/question do not compare (different: vision_features)" in report(*runs)
+
+
+def note_of_result(run: Path, **facts: object) -> None:
+    path = run / "evals" / "scene-right.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | facts))
 
 
 def test_runs_that_differ_in_seeds_are_repetitions(tmp_path: Path) -> None:
     scores: Sequence[float] = (0.5, 0.6, 0.7)
     for seed, score in enumerate(scores):
         evals, commit = {"scene": {"right": score}}, f"c{seed % 2}"
-        write_stage(tmp_path / f"run{seed}", [1.0], evals, config=config(seed), commit=commit)
+        # What decides nothing may differ with the seed.
+        other = {"checkpoint": {"every": seed}, "watchdog": {"step_seconds": seed}, "profile": f"step:{seed}",
+                 "hardware": {"threads": seed}, "health": {"every": seed},
+                 "data": {"cache_dir": str(seed), "feature_cache": str(seed), "shards": str(seed)}}  # fmt: skip
+        write_stage(tmp_path / f"run{seed}", [1.0], evals, config=config(seed) | other, commit=commit)
     write_stage(tmp_path / "deep", [1.0], {"scene": {"right": 0.9}}, config=config(0, depth=6))
     write_stage(tmp_path / "unknown", [1.0], {"scene": {"right": 0.9}})
     text = report(*(tmp_path / name for name in ("run0", "deep", "run1", "run2", "unknown")))

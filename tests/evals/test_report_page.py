@@ -146,6 +146,21 @@ def test_overlays_of_the_same_images(tmp_path: Path) -> None:
         gallery(group(gather(runs)))
 
 
+def test_of_many_groups_every_selector_is_shown(tmp_path: Path) -> None:
+    points = [*(("anchor", depth) for depth in range(9)), ("average", 2), ("random", 2)]
+    runs = [write_stage(tmp_path / f"{selector}{depth}", [1.0], {"doc": {"right": 0.5}},
+                        config=config(selector=selector, depth=depth)) for selector, depth in points]  # fmt: skip
+    for run in runs:
+        write_media(run)
+    groups = group(gather(runs))
+    found = gallery(groups)
+    assert found is not None
+    names = [column.partition(" ")[0] for column in found.columns]
+    assert names == [*(f"anchor{depth}" for depth in range(6)), "average2", "random2"]
+    assert found.notes == ["shown are 8 of 11 groups with overlays, each selector in one of them"]
+    assert list(answers(groups)[0].columns) == names
+
+
 def test_answers_to_questions_that_all_were_asked(tmp_path: Path) -> None:
     runs = [write_stage(tmp_path / name, [1.0], {"doc": {"right": 0.5}}, config=config(depth=len(name))) for name in
             ("a", "bb")]  # fmt: skip

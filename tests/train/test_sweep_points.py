@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from anchorformer.errors import UserError
 from anchorformer.schema import parse, to_plain
 from data.overrides import options
+from evals.run_keys import without
 from tests.train.cases import ALIGN, run_config
 from tests.train.fake_trials import say
 from train.choices import StageName
-from train.run.identity import hashed, numbers
+from train.run.identity import MAY_CHANGE, hashed, numbers
 from train.sweep import points as planning
 from train.sweep.config import SweepConfig
 from train.sweep.points import Plan, adopt, config_hash, plan
@@ -96,6 +97,9 @@ def test_a_value_comes_back_from_its_override(value: object) -> None:
         (["model.connector.dept=1,2"], "unknown key 'model.connector.dept'"),
         (["selector=anchor_tiny,anchr"], "seed=0: there is no selector 'anchr'"),
         (["hardware.nodes=2"], "one node"),
+        (["align:model.connector.depth=3"], "'model.connector.depth' is an axis of the sweep"),
+        (["stage.max_steps=3", "align:stage.max_steps=1,2"], "'stage.max_steps' is an axis of the sweep"),
+        (["align:stage.max_steps=3", "stage.max_steps=1,2"], "'stage.max_steps' is an axis of the sweep"),
     ],
 )
 def test_what_cannot_be_swept_is_refused_before_anything_starts(words: list[str], said: str) -> None:
@@ -115,6 +119,12 @@ def test_a_key_that_came_later_and_says_what_was_so_changes_no_hash() -> None:
 
 
 @pytest.mark.slow
+def test_what_is_left_out_of_a_hash_is_a_key_of_a_config() -> None:
+    config = to_plain(run_config(ALIGN))
+    for key in MAY_CHANGE:
+        assert without(config, [key]) != config, f"{key} is none, or another by now"
+
+
 def test_two_spellings_are_one_trial_and_another_value_is_another() -> None:
     base = planned("model.selector.num_anchors=9", "model.connector.depth=2")
     [(path, trial)] = base.of_points.items()

@@ -14,6 +14,7 @@ from typing import Any
 
 from anchorformer.errors import UserError
 from anchorformer.schema import to_plain
+from evals.run_keys import NOT_DECISIVE, without
 from train.config import RunConfig
 
 log = logging.getLogger(__name__)
@@ -21,18 +22,15 @@ log = logging.getLogger(__name__)
 ROOT = Path(__file__).parents[2]
 ROOMS = ("anchorformer", "data", "evals", "train")
 PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "hydra-core", "tokenizers", "safetensors", "numpy")
-MAY_CHANGE = {
-    "run": (), "log": (), "checkpoint": (), "watchdog": (), "repro": (), "resume": (), "output_root": (),
-    "rehearse": (), "zero": (), "eval": (), "health": (), "tracker": (), "profile": (),
-    "data": ("num_workers", "cache_dir", "shards", "feature_cache", "on_bad_image", "max_dropped_share",
-             "token_budget"),
-    "model": ("published",),
-    "hardware": ("threads", "max_restarts", "ranks", "nodes", "micro_batch", "card", "memory_gb",
-                 "activation_checkpointing", "compile", "kernels"),
-}  # fmt: skip
-"""Keys of the config, whole or in part, that a resumed run may have otherwise: names, saving and showing; how a step is
-cut and computed, and whether samples are read from files or from their sharded copy, because the next machine may be
-another; what happens to bad images, because who meets one must be able to go on."""
+MAY_CHANGE = (
+    *NOT_DECISIVE, "repro", "rehearse", "zero", "model.published", "data.num_workers", "data.token_budget",
+    "data.on_bad_image", "data.max_dropped_share", "hardware.max_restarts", "hardware.ranks", "hardware.nodes",
+    "hardware.micro_batch", "hardware.card", "hardware.memory_gb", "hardware.activation_checkpointing",
+    "hardware.compile", "hardware.kernels",
+)  # fmt: skip
+"""Keys of the config that a resumed run may have otherwise. Beside what decides nothing: how a step is cut and
+computed, because the next machine may be another; what happens to bad images, because who meets one must be able to go
+on."""
 
 CAME_LATER: dict[str, dict[str, Any]] = {
     "stage": {"lora": None},
@@ -74,13 +72,7 @@ MUST_STAY = ("config", "start", "data", "order", "trained")
 
 def numbers(config: RunConfig) -> dict[str, Any]:
     """The configuration without what may change between a run and its resumption."""
-    plain = hashed(config)
-    for group, keys in MAY_CHANGE.items():
-        if not keys:
-            del plain[group]
-        for key in keys:
-            del plain[group][key]
-    return plain
+    return without(hashed(config), MAY_CHANGE)
 
 
 def hashed(config: RunConfig) -> dict[str, Any]:

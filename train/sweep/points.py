@@ -14,6 +14,7 @@ from typing import Any
 
 from anchorformer.errors import UserError
 from evals.__main__ import compose_config as compose_evals
+from evals.run_keys import NOT_DECISIVE, without
 from train.choices import StageName
 from train.compose import compose
 from train.config import RunConfig
@@ -23,12 +24,6 @@ from train.sweep.config import SweepConfig, every_product
 from train.sweep.trial import State, Step, Trial, TrialFolder
 from train.sweep.words import key_of, words_for
 
-NOT_HASHED = {
-    "run": (), "resume": (), "output_root": (), "log": (), "checkpoint": (), "watchdog": (), "eval": (), "health": (),
-    "tracker": (), "profile": (), "hardware": ("threads",), "data": ("cache_dir", "feature_cache", "shards"),
-}  # fmt: skip
-"""Keys of a config, whole or in part, that name, show or save a run or say where caches lie; with other values of
-these a trial is still the same. Slots decide the threads."""
 TO_COME = "the align run of this trial"
 """What a finetune's `init_from` is while its trial is composed and hashed: the trial's own id is not known yet."""
 
@@ -114,14 +109,8 @@ def points(sweep: SweepConfig) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def config_hash(configs: Mapping[StageName, RunConfig]) -> str:
-    """Hash of every value of the configs but `NOT_HASHED`."""
-    plain = {stage.value: hashed(config) for stage, config in configs.items()}
-    for group, keys in NOT_HASHED.items():
-        for values in plain.values():
-            if not keys:
-                del values[group]
-            for key in keys:
-                del values[group][key]
+    """Hash of every value of the configs but those that decide nothing."""
+    plain = {stage.value: without(hashed(config), NOT_DECISIVE) for stage, config in configs.items()}
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 

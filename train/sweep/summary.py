@@ -5,24 +5,28 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from anchorformer.schema import to_plain
+from evals.config import Condition
+from evals.report import reading
 from train.run.folder import write_atomically
 from train.sweep.config import SweepConfig
 from train.sweep.points import Plan
-from train.sweep.trial import State, TrialFolder
+from train.sweep.trial import State, Trial, TrialFolder
 
 SWEEP = "sweep.json"
-CONDITION = "right"
-"""Of an evaluation: the images that belong to the questions."""
+TABLE, ROWS = "summary.csv", "summary.json"
 
 
 def write_definition(sweep: SweepConfig, plan: Plan, command: Sequence[str]) -> None:
-    """Writes `sweep.json`: the definition, every point with its trial, and the last command with its time."""
+    """Writes `sweep.json`: the definition, every point with its trial, and the last command with its time.
+
+    A summary that is there is of what was defined before, and goes.
+    """
     named = plan.of_points
     facts = {
         "name": sweep.name,
@@ -43,6 +47,8 @@ def write_definition(sweep: SweepConfig, plan: Plan, command: Sequence[str]) -> 
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     plan.folder.mkdir(parents=True, exist_ok=True)
+    for name in (TABLE, ROWS):
+        (plan.folder / name).unlink(missing_ok=True)
     write_atomically(plan.folder / SWEEP, json.dumps(facts, indent=2) + "\n")
 
 
@@ -55,17 +61,18 @@ def axes(plan: Plan) -> list[str]:
 def rows(plan: Plan) -> list[dict[str, Any]]:
     """One row for each point: grid, axes, trial, state, visual tokens per image, a score per task, seconds, reason.
 
-    Scores are as the task's metric has them, right images; a caption task has a loss, where lower is better.
+    Scores are as the task's metric has them, right images; a caption task has a loss, where lower is better. An
+    evaluation of a part of a task is called so.
     """
     found = []
     for point in plan.points:
         path = plan.folder / "trials" / point.trial
         trial = TrialFolder(path).read()
-        results = [] if trial is None else _results([Path(run) for run in trial.runs.values()])
-        tokens = {result["visual_tokens_per_image"] for result in results}
+        scored = {} if trial is None else results(plan.folder, trial)
+        tokens = {result["visual_tokens_per_image"] for result in scored.values()}
         row = {"grid": point.grid, **{axis: point.values.get(axis) for axis in axes(plan)}, "trial": point.trial}
         row |= {"state": TrialFolder(path).state().value, "tokens": tokens.pop() if len(tokens) == 1 else None}
-        row |= {result["task"]: result["score"] for result in results}
+        row |= {task: result["score"] for task, result in scored.items()}
         row |= {"seconds": trial.seconds if trial else 0.0, "reason": (trial.reason if trial else None) or ""}
         found.append(row)
     return found
@@ -83,13 +90,13 @@ def table(found: Sequence[dict[str, Any]]) -> str:
 
 
 def write(plan: Plan, found: Sequence[dict[str, Any]]) -> None:
-    """Writes `summary.csv` and `summary.json`."""
+    """Writes the summary, as a table and as rows."""
     text = io.StringIO()
     writer = csv.DictWriter(text, _columns(found), lineterminator="\n")
     writer.writeheader()
     writer.writerows(found)
-    write_atomically(plan.folder / "summary.csv", text.getvalue())
-    write_atomically(plan.folder / "summary.json", json.dumps(list(found), indent=2) + "\n")
+    write_atomically(plan.folder / TABLE, text.getvalue())
+    write_atomically(plan.folder / ROWS, json.dumps(list(found), indent=2) + "\n")
 
 
 def failures(plan: Plan) -> list[str]:
@@ -106,10 +113,19 @@ def failures(plan: Plan) -> list[str]:
     return told
 
 
-def _results(runs: Sequence[Path]) -> list[dict[str, Any]]:
-    files = [path for run in runs for path in sorted((run / "evals").glob("*.json"))]
-    read = [json.loads(path.read_bytes()) for path in files]
-    return [result for result in read if result["condition"] == CONDITION]
+def run_folders(sweep: Path, trial: Trial) -> list[Path]:
+    """Of a trial's stages, `{trials,shared}/ID/STAGE` of the sweep's folder wherever that lies by now."""
+    return [sweep.joinpath(*Path(run).parts[-3:]) for run in trial.runs.values()]
+
+
+def results(sweep: Path, trial: Trial) -> dict[str, Mapping[str, Any]]:
+    """Task -> result with the images that belong to the questions, of all stages of a trial."""
+    return {
+        task: by_condition[Condition.right]
+        for run in run_folders(sweep, trial)
+        for task, by_condition in reading.results(run / "evals").items()
+        if Condition.right in by_condition
+    }
 
 
 def _columns(found: Sequence[dict[str, Any]]) -> list[str]:

@@ -31,7 +31,8 @@ def read(arguments: Sequence[str]) -> SweepConfig:
     has; so does one with a single value where the product has that axis.
 
     Raises:
-        UserError: what `CommandLine` raises for the sweep's own words; a key that the sweep itself gives to its runs.
+        UserError: what `CommandLine` raises for the sweep's own words; a key that the sweep itself gives to its runs;
+            a key of one stage that is an axis of both, or the other way round.
     """
     own = [text for text in arguments if key_of(text).partition(".")[0] in OWN]
     others = [text for text in arguments if text not in own]
@@ -48,6 +49,8 @@ def read(arguments: Sequence[str]) -> SweepConfig:
                 axes[axis] = values
         if len(values) == 1:
             fixed.append(text)
+    for text in others:
+        _check_reaches_its_stages(text, sweep)
     sweep = dataclasses.replace(sweep, overrides=tuple(fixed))
     for key in [
         key_of(text) for text in (*sweep.overrides, *(axis for _, axes in every_product(sweep) for axis in axes))
@@ -63,6 +66,19 @@ def read(arguments: Sequence[str]) -> SweepConfig:
                 remedy="e.g. seeds=[0,1,2]",
             )  # fmt: skip
     return sweep
+
+
+def _check_reaches_its_stages(text: str, sweep: SweepConfig) -> None:
+    """Refuses a word where an axis would outdo it in silence, because one of the two is limited to a stage."""
+    stage, key = split_stage(text)[0], key_of(text)
+    for axis in dict.fromkeys(axis for _, axes in every_product(sweep) for axis in axes):
+        of_axis = split_stage(axis)[0]
+        if key == key_of(axis) and stage is not of_axis and None in (stage, of_axis):
+            raise UserError(
+                f"'{key}' is an axis of the sweep, for other stages than '{text}' is meant for", found=text,
+                expected=f"{axis}=..., which takes the place of the axis: of words with one key a point's is the last",
+                remedy=f"write '{axis}=', or a sweep with another axis in conf/sweep/",
+            )  # fmt: skip
 
 
 def key_of(text: str) -> str:

@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
                 print(f"in the queue already: {', '.join(waiting)}")
             return 0
         states = _run(sweep, made, Runner(made.trials, slots, sweep.retry_failed, lambda *_: None))
-        return _conclude(made, list(states.values()))
+        return _conclude(made, list(states.values()), arguments)
 
 
 def previews(made: Plan) -> str:
@@ -105,11 +105,11 @@ def _run(sweep: SweepConfig, made: Plan, runner: Runner) -> dict[Path, State]:
         return runner.run()
 
 
-def _conclude(made: Plan, states: Sequence[State]) -> int:
+def _conclude(made: Plan, states: Sequence[State], arguments: Sequence[str]) -> int:
     found = summary.rows(made)
     summary.write(made, found)
     print(summary.table(found))
-    print(f"written to {made.folder / 'summary.csv'} and summary.json")
+    print(f"written to {made.folder / summary.TABLE} and {summary.ROWS}")
     for text in summary.failures(made):
         print(text, file=sys.stderr)
     if all(state is State.done for state in states):
@@ -117,5 +117,6 @@ def _conclude(made: Plan, states: Sequence[State]) -> int:
     counts = {state.value: states.count(state) for state in State if state in states}
     print(", ".join(f"{number} {state}" for state, number in counts.items()), file=sys.stderr)
     if State.failed in states:
-        print("failed trials are started again with retry_failed=true", file=sys.stderr)
+        again = shlex.join(["python", "-m", "train", "sweep", *arguments])
+        print(f"failed trials are started again by `{again} retry_failed=true`", file=sys.stderr)
     return 1 if State.failed in states else INTERRUPTED
