@@ -15,15 +15,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
-from PIL import Image
 
 from anchorformer.errors import UserError
-from anchorformer.schema import to_plain
 from tests.train.cases import ALIGN
+from tests.train.tracked import KEY, WANDB, histories, over, rows, synced, write
 from train import rank
 from train.compose import ROOT
 from train.distributed import alone
@@ -32,33 +31,11 @@ from train.observe.background import Background
 from train.observe.feed import BusyError, curves, feed
 from train.observe.journal import Journal, Tail
 from train.observe.trackers.base import Picture, Subject, TrackerConfig
-from train.observe.trackers.trackio import LOOPBACK
+from train.observe.trackers.trackio import TrackioConfig
+from train.observe.trackers.wandb import WandbConfig
 from train.run.folder import RunFolder
-from train.verbs import dashboard, sync
 
 MakeRun = Callable[..., RunFolder]
-WANDB = {"_target_": "train.observe.trackers.wandb.WandbConfig"}
-KEY = "0123456789abcdef0123456789abcdef01234567"
-
-
-def write(folder: RunFolder, first: int, last: int, resumed_after: int | None = None) -> None:
-    """Records of steps as a run leaves them: those of a step's validation before its line."""
-    kept = first - 1 if resumed_after is None else resumed_after
-    metrics, health, evals = (Journal(path, kept) for path in (folder.metrics, folder.health, folder.evals))
-    for step in range(first, last + 1):
-        if step % 2 == 0:
-            evals.write({"step": step, "dataset": "docvqa", "loss": step / 10})
-            evals.write({"step": step, "task": "docvqa", "score": 0.5, "n": 7, "groups": {"human": {"score": 0.25}}})
-        if step % 3 == 0:
-            health.write({"step": step, "images": 1, "coverage": 0.5})
-            media = folder.media / f"step-{step:08d}"
-            media.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (28, 28), (9 * step, 0, 0)).save(media / "0-0.png")
-            one = {"id": "a", "question": "?", "answer": "b", "references": ["c", "d"], "overlays": ["0-0.png"]}
-            (media / "answers.json").write_text(json.dumps([one]))
-        metrics.write({"step": step, "loss": 1 / step, "clipped": False, "lr": {"connector": 0.1}, "sample_ids": ["x"]})
-    for journal in (metrics, health, evals):
-        journal.close()
 
 
 class Shelf(TrackerConfig):
@@ -79,12 +56,6 @@ class Shelf(TrackerConfig):
                 self.shown = step
 
         yield Session()
-
-
-def over() -> threading.Event:
-    event = threading.Event()
-    event.set()
-    return event
 
 
 def test_every_step_is_shown_once_with_all_that_belongs_to_it(make_run: MakeRun) -> None:
@@ -222,13 +193,17 @@ def test_a_tracker_that_hangs_ends_soon_after_its_run(make_run: MakeRun, tmp_pat
     (stub / "__init__.py").write_text(STUB["hangs"])
     folder = make_run("run", ALIGN, tracker=WANDB)
     write(folder, 1, 2)
-    script = "import sys; from train.observe import background as b; b.GRACE = 0.5; b.main(sys.argv[1:])"
+    script = (
+        "import sys; from train.observe import background as b; b.GRACE = 0.5\n"
+        "b.os.nice = lambda by: print(f'nice {by}', flush=True)\nb.main(sys.argv[1:])"
+    )
     process = subprocess.run(
         [sys.executable, "-c", script, str(folder.path)], cwd=ROOT, stdin=subprocess.DEVNULL, timeout=60, check=False,
         env={**os.environ, "PYTHONPATH": str(stub.parent)}, capture_output=True, text=True, start_new_session=True,
     )  # fmt: skip
     assert process.returncode == -signal.SIGKILL
     assert "given up" in process.stderr
+    assert process.stdout == "nice 10\n", "it comes behind the training"
 
 
 @contextmanager
@@ -251,42 +226,51 @@ def listener() -> Iterator[tuple[str, list[object]]]:
         server.shutdown(socket.SHUT_RDWR)
 
 
-def histories(folder: RunFolder) -> list[int]:
-    """Steps in the offline files of wandb, in the order in which they were logged."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    steps = []
-    for path in sorted(folder.tracker.glob("wandb/offline-run-*/*.wandb")):
-        for payload in _payloads(path.read_bytes()[7:]):
-            record = Record.FromString(payload)
-            if record.WhichOneof("record_type") == "history":
-                steps.append(record.history.step.num)
-    return steps
-
-
-def _payloads(data: bytes) -> Iterator[bytes]:
-    """Records of LevelDB's log format: blocks of 32 KiB, the first of them shorter by wandb's own header."""
-    place, whole, begin = 0, b"", -7
-    while place + 7 <= len(data):
-        left = 32768 - (place - begin) % 32768
-        if left < 7:
-            place += left
-            continue
-        size, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
-        whole += data[place + 7 : place + 7 + size]
-        place += 7 + size
-        if kind in (1, 4):
-            yield whole
-            whole = b""
+@pytest.mark.slow
+def test_what_a_wandb_that_hung_has_not_shown_is_shown_by_sync(make_run: MakeRun) -> None:
+    folder = make_run("run", ALIGN, tracker=WANDB)
+    write(folder, 1, 2)
+    tracker = Background(folder)
+    try:
+        deadline = time.monotonic() + 100
+        while not list(folder.tracker.glob("wandb/offline-run-*/*.wandb")):
+            assert tracker.trouble() is None
+            assert time.monotonic() < deadline, "the tracker was never started"
+            time.sleep(0.05)
+        os.killpg(tracker._process.pid, signal.SIGSTOP)  # it hangs, in the middle of a session
+        write(folder, 3, 4, resumed_after=2)
+        assert tracker.trouble() is None
+        tracker.leave()
+    finally:
+        os.killpg(tracker._process.pid, signal.SIGKILL)
+        tracker._process.wait()
+    assert "4 step(s) shown" in synced(folder)
+    assert histories(folder) == [1, 2, 3, 4]
 
 
-def synced(folder: RunFolder, *words: str, **variables: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "train", "sync", str(folder.path), *words], cwd=ROOT, capture_output=True, text=True,
-        timeout=120, check=False, env={**os.environ, **variables},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def test_every_project_of_wandb_has_every_step(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[tuple[str, int]] = []
+
+    class Session:
+        def __init__(self, *, project: str, **_: object) -> None:
+            self._project = project
+
+        def log(self, values: object, step: int) -> None:
+            logged.append((self._project, step))
+
+        def finish(self) -> None:
+            pass
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=Session, Settings=dict, Image=lambda *_, **__: None))
+    for name in ("WANDB_MODE", "WANDB_ERROR_REPORTING", "WANDB_API_KEY"):  # as they were, behind the test
+        monkeypatch.setenv(name, "")
+    run = make_run("run", ALIGN)
+    write(run, 1, 2)
+    assert [feed(run, WandbConfig(project=name), over()) for name in ("a", "b", "a")] == [2, 2, 0]
+    write(run, 3, 3, resumed_after=2)
+    assert [feed(run, WandbConfig(project=name), over()) for name in ("a", "b")] == [1, 1]
+    assert feed(run, WandbConfig(project="a", entity="team"), over()) == 3
+    assert sorted(logged) == [("a", 1), ("a", 1), ("a", 2), ("a", 2), ("a", 3), ("a", 3), ("b", 1), ("b", 2), ("b", 3)]
 
 
 @pytest.mark.slow
@@ -365,87 +349,33 @@ def test_trackio_has_every_run_once(make_run: MakeRun, tmp_path: Path) -> None:
     assert "2 step(s) shown" in synced(other, *words)
     write(one, 4, 6, resumed_after=3)
     assert "2 step(s) shown" in synced(one, *words)
-    assert rows(tmp_path) == [("one", step) for step in range(1, 7)] + [("other", 1), ("other", 2)]
+    assert rows(tmp_path / "trackio") == [("one", step) for step in range(1, 7)] + [("other", 1), ("other", 2)]
     # Another run of that name is not taken for the one that was there.
     (one.tracker / "trackio.json").unlink()
     assert "6 step(s) shown" in synced(one, *words)
-    assert len({name for name, _ in rows(tmp_path)}) == 3
+    assert len({name for name, _ in rows(tmp_path / "trackio")}) == 3
 
 
-SERVE = """
-import sys
-def told(event, arguments):
-    if event == "socket.bind" and isinstance(arguments[1], tuple):
-        print("bound", arguments[1][0], file=sys.__stdout__, flush=True)
-sys.addaudithook(told)
-from train.observe.trackers.trackio import TrackioConfig
-print("served", TrackioConfig(folder=sys.argv[1]).serve(), flush=True)
-"""
-
-
-@pytest.mark.slow
-def test_the_dashboard_is_bound_to_loopback_alone(tmp_path: Path) -> None:
-    # By these, other programs on the same library are opened to the network.
-    variables = {**os.environ, "GRADIO_SERVER_NAME": "0.0.0.0", "GRADIO_SHARE": "True"}
-    done = subprocess.run(
-        [sys.executable, "-c", SERVE, str(tmp_path)], cwd=ROOT, env=variables, capture_output=True, text=True,
-        timeout=120, check=False,
+def test_what_trackio_has_not_kept_is_an_error(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    storage = SimpleNamespace(get_run_records=lambda _: [], get_max_step_for_run=lambda *_, **__: 1)
+    session = SimpleNamespace(id="", log=lambda *_, **__: None)
+    fake = SimpleNamespace(
+        TRACKIO_DIR=tmp_path, SQLiteStorage=storage, init=lambda **_: session, finish=lambda: None, Image=None
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = [line.split() for line in done.stdout.splitlines()]
-    assert {address for word, address, *_ in found if word == "bound"} == {LOOPBACK}
-    assert [urlsplit(address).hostname for word, address, *_ in found if word == "served"] == [LOOPBACK]
-    assert "write_token" not in done.stdout, "the token lets a visitor delete runs"
-
-
-def rows(folder: Path) -> list[tuple[str, int]]:
-    with sqlite3.connect(folder / "trackio" / "anchorformer.db") as database:
-        found = database.execute("select run_name, step, metrics from metrics order by run_name, step").fetchall()
-    assert all("train/loss" in json.loads(metrics) for *_, metrics in found)
-    return [(name, step) for name, step, _ in found]
-
-
-def test_sync_says_what_it_needs(make_run: MakeRun, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    for name in ("TRACKIO_DIR", "HF_HUB_OFFLINE"):  # as they were, behind the test
+        monkeypatch.setenv(name, "1")
     run = make_run("run", ALIGN)
-    for words, found in (([], "nothing"), ([str(tmp_path / "no"), "tracker=wandb"], "no such folder"),
-                         ([str(run.path)], "tracker=none"), ([str(run.path), "tracker=tensorbord"], "tensorbord"),
-                         ([str(run.path), "project=x"], "project=x"),
-                         ([str(run.path), "tracker=wandb", "tracker.mod=online"], "mod")):  # fmt: skip
-        with pytest.raises(UserError, match=found):
-            sync.main(words)
-
-
-def test_a_run_keeps_its_names_in_another_tracker(make_run: MakeRun) -> None:
-    spec = {"_target_": "train.observe.trackers.none.NoTracker", "project": "mine", "group": "sweep"}
-    tracker = sync.tracker_of(make_run("run", ALIGN, tracker=spec), {"tracker": "wandb", "tracker.entity": "team"})
-    assert to_plain(tracker) == {
-        "project": "mine", "group": "sweep", "name": None, "mode": "offline", "entity": "team",
-    }  # fmt: skip
+    write(run, 1, 2)
+    with pytest.raises(sqlite3.OperationalError, match="after 1"):
+        feed(run, TrackioConfig(folder=str(tmp_path)), over())
+    with pytest.raises(UserError, match="one database"):
+        feed(run, TrackioConfig(folder=str(tmp_path / "other")), over())
 
 
 def test_what_is_not_installed_is_said_before_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    from train.observe.trackers.trackio import TrackioConfig
-
     monkeypatch.setattr(TrackioConfig, "package", "trackio_that_is_not_there")
     with pytest.raises(UserError, match=r"\.\[dashboard\]"):
         TrackioConfig().check()
-
-
-def test_a_run_that_cannot_be_read_keeps_no_other_from_the_dashboard(
-    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupted(_: float) -> None:
-        raise KeyboardInterrupt
-
-    good, old = make_run("good", ALIGN), make_run("old", ALIGN)
-    for run in (good, old):
-        write(run, 1, 2)
-    old.config.write_text(old.config.read_text() + "no_longer_there: 1\n")
-    monkeypatch.setattr(dashboard, "show", lambda run, _: len(run.metrics.read_text().splitlines()))
-    monkeypatch.setattr(dashboard.TrackioConfig, "serve", lambda _: "http://127.0.0.1:1")
-    monkeypatch.setattr(dashboard.time, "sleep", interrupted)
-    assert dashboard.main([str(good.path), str(old.path)]) == 0
-    out, err = capsys.readouterr()
-    assert "2 step(s) shown" in out
-    assert "dashboard: http" in out
-    assert "no_longer_there" in err

@@ -21,6 +21,8 @@ log = logging.getLogger("train.observe.background")
 
 GRACE = 60.0
 """Seconds that feeding may take once the run is over; what is not shown by then is left to `python -m train sync`."""
+NICE = 10
+"""How far the process, and what a tracker starts in it, stands behind the training with which it shares its cores."""
 
 
 class Background:
@@ -63,6 +65,7 @@ def _paths() -> list[str]:
 
 def main(arguments: list[str]) -> None:
     """Feeds the run's tracker until standard input ends, and `GRACE` longer at most."""
+    os.nice(NICE)
     handler = logging.StreamHandler()
     handler.setFormatter(Discreet("%(asctime)s %(levelname).1s %(name)s: %(message)s", "%H:%M:%S"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
@@ -92,7 +95,8 @@ def _wait_for_the_end(is_over: threading.Event) -> None:
 def _give_up() -> None:
     log.error("given up %g s after the end of the run; python -m train sync shows the rest", GRACE)
     logging.shutdown()
-    # With whatever processes the tracker has started: they are all of this session.
+    # With what the tracker has started in this session. wandb-core has one of its own; it is told our number, and ends
+    # by itself when that is gone, in the middle of an upload too.
     os.killpg(os.getpid(), signal.SIGKILL)
 
 

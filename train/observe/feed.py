@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
+import socket
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -55,7 +57,7 @@ def feed(folder: RunFolder, tracker: TrackerConfig, is_over: threading.Event) ->
 
 
 class BusyError(Exception):
-    """Another process feeds this run already."""
+    """Another process feeds this run already, the one that the message names."""
 
 
 class _Steps:
@@ -109,9 +111,13 @@ def pictures(folder: Path) -> Iterator[Picture]:
 def _held(folder: RunFolder) -> Iterator[None]:
     """Keeps every other process on this machine from feeding the run; the system lets go when the process ends."""
     folder.tracker.mkdir(exist_ok=True)
-    with (folder.tracker / "LOCK").open("w") as file:
+    with (folder.tracker / "LOCK").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BusyError(folder.path) from None
+            file.seek(0)
+            raise BusyError(file.read()) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
         yield

@@ -55,6 +55,7 @@ class WandbConfig(TrackerConfig):
         Raises:
             Exception: whatever wandb raises.
         """
+        # Of this process and of those that it starts: whoever feeds runs gives each a process of its own.
         if self.mode is Mode.offline:
             # Its own reports of crashes go out in spite of offline; a key has no business where nothing is uploaded.
             os.environ |= {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false"}
@@ -70,13 +71,20 @@ class WandbRun:
     """A run of Weights & Biases, from where it was left.
 
     Offline every feeding is a session, a folder of its own; one that did not come to its end is thrown away and logged
-    again, so that the sessions together hold each step once. Online the service says how far the run goes.
+    again, so that the sessions of an entity and project together hold each step once. Online the service says how far
+    the run goes.
     """
 
     def __init__(self, config: WandbConfig, subject: Subject) -> None:
         self._config, self._subject = config, subject
         self._path = subject.folder / "wandb.json"
-        self._notes: dict[str, Any] = {"id": secrets.token_hex(4), "shown": 0, "sessions": [], **read_notes(self._path)}
+        self._notes: dict[str, Any] = {
+            "id": secrets.token_hex(4),
+            "shown": {},
+            "sessions": [],
+            **read_notes(self._path),
+        }
+        self._target = f"{config.entity or ''}/{config.project}"
         write_notes(self._path, self._notes)
         self._wandb: Any = None
         self._run: Any = None
@@ -84,7 +92,7 @@ class WandbRun:
             for folder in self._sessions():
                 if folder.name not in self._notes["sessions"]:
                     shutil.rmtree(folder)
-            self.shown = int(self._notes["shown"])
+            self.shown = int(self._notes["shown"].get(self._target, 0))
         else:
             self._run = self._start()
             self.shown = int(self._run.step) - 1
@@ -104,7 +112,8 @@ class WandbRun:
         self._run.finish()
         if self._config.mode is Mode.offline:
             sessions = [folder.name for folder in self._sessions()]
-            write_notes(self._path, self._notes | {"shown": self.shown, "sessions": sessions})
+            shown = self._notes["shown"] | {self._target: self.shown}
+            write_notes(self._path, self._notes | {"shown": shown, "sessions": sessions})
 
     def _start(self) -> Any:
         import wandb
