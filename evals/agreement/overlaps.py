@@ -108,8 +108,8 @@ def between_layers(
 def spread(sources: Sequence[Source], wanted: int) -> list[ImageRef]:
     """At most so many different images, each the first of its record, evenly over the records of all sources.
 
-    The records are cut into as many equal shares, and each gives its first image that no other one has given. What shares
-    without such an image leave open is made up for by further ones of the others.
+    The records are cut into as many equal shares, and each gives its first image that no other one has given. Shares
+    without such an image are made up for by further ones of the others.
 
     Raises:
         UserError: no record has one.
