@@ -94,7 +94,7 @@ class EvalConfig(QuestionsConfig):
     conditions: tuple[Condition, ...] = (Condition.right,)
     """Every task is run once per condition."""
     batch_size: int = 64
-    """Questions answered together; scores do not depend on it."""
+    """Questions answered together; in fp32 scores do not depend on it."""
     ranks: int = 1
     """Processes that share the questions, one per card or each with its part of the cores."""
     seed: int = 0

@@ -12,19 +12,20 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from anchorformer.errors import UserError
+from data.record import ImageRef
 from evals.questions import Question
 from evals.tasks.base import Respondent
 
 T = TypeVar("T")
-NOT_DECISIVE = ("batch_size", "machine", "ranks", "vision_features")
-"""Settings that change no answer."""
+ROUNDING = ("batch_size", "machine", "ranks", "vision_features")
+"""Settings that change no answer in fp32; in bf16 the batch and who computes it decide how a number is rounded."""
 
 
 class Journal:
     """What has been answered of one task under one condition, by position, in files that are only appended to.
 
-    The first line of a file holds the settings that the answers were made with; a file of another model, prompt or
-    decoding holds no answers here. Several processes write one file each.
+    Each time that a process begins it writes a head: the settings that it answers with. A file of another model,
+    prompt, image or decoding holds no answers here. Several processes write one file each.
 
     Args:
         stem: path of the files without their ending.
@@ -33,25 +34,20 @@ class Journal:
 
     def __init__(self, stem: Path, settings: Mapping[str, Any], questions: Sequence[Question], writer: int = 0) -> None:
         self.settings = dict(settings)
-        decisive = {name: value for name, value in settings.items() if name not in NOT_DECISIVE}
-        asked = [[item.id, item.turns] for item in questions]
+        free = ROUNDING if settings.get("precision") == "fp32" else ()
+        decisive = {name: value for name, value in settings.items() if name not in free}
+        versions = {ref: _version(ref) for item in questions for ref in item.images}
+        asked = [[item.id, item.turns, [versions[ref] for ref in item.images]] for item in questions]
         self._key = hashlib.sha256(json.dumps([decisive, asked], sort_keys=True, default=str).encode()).hexdigest()
         self._stem = stem
         self._path = _path(stem, writer)
         self.known: dict[int, Any] = {}
-        self.seconds = 0.0
-        """Between the first and the last line of the slowest writer."""
         for path in _files(stem):
-            rows = _read(path)
-            if rows and rows[0]["key"] == self._key:
-                self.known |= {row["position"]: row["value"] for row in rows[1:]}
-                self.seconds = max(self.seconds, rows[-1]["time"] - rows[0]["time"])
+            self.known |= {row["position"]: row["value"] for row in self._rows(path) if not _is_head(row)}
 
     def begin(self) -> None:
-        """Makes this process' file, or keeps what is whole of the one that a killed process has left."""
-        rows = _read(self._path)
-        if not rows or rows[0]["key"] != self._key:
-            rows = [{"key": self._key, "settings": self.settings, "time": time.time()}]
+        """Makes this process' file, or goes on behind what is whole of the one that a killed process has left."""
+        rows = [*self._rows(self._path), {"key": self._key, "settings": self.settings, "time": time.time()}]
         self._path.parent.mkdir(parents=True, exist_ok=True)
         # Half a line at the end would swallow the one that is written behind it.
         beside = self._path.with_name(self._path.name + ".tmp")
@@ -64,6 +60,25 @@ class Journal:
         with self._path.open("a", encoding="utf-8") as file:
             file.write("".join(map(_line, rows)))
         self.known |= answers
+
+    def spent(self, writers: int) -> tuple[float, int]:
+        """Seconds from the last beginning of each of so many writers to its last answer, those of the slowest; and how
+        many questions had been answered before."""
+        seconds, before = 0.0, 0
+        at_it = [_path(self._stem, writer) for writer in range(writers)]
+        for path in _files(self._stem):
+            rows = self._rows(path)
+            heads = [place for place, row in enumerate(rows) if _is_head(row)]
+            start = heads[-1] if heads and path in at_it else len(rows)
+            before += sum(not _is_head(row) for row in rows[:start])
+            if rows[start:]:
+                seconds = max(seconds, rows[-1]["time"] - rows[start]["time"])
+        return seconds, before
+
+    def _rows(self, path: Path) -> list[dict[str, Any]]:
+        """Those of a file, if it holds answers to these questions."""
+        rows = _read(path)
+        return rows if rows and rows[0]["key"] == self._key else []
 
     def remove(self) -> None:
         """Deletes the files of all writers; the result holds everything that is in them."""
@@ -106,7 +121,6 @@ class Remembering:
                 expected="an answer to each from the processes that were started", remedy="run the command again",
             )  # fmt: skip
         if missing and respondent is not None:
-            journal.begin()
             done = len(questions) - len(missing)
             with tqdm(total=len(questions), initial=done, desc=verb, unit=" questions", delay=2, leave=False) as bar:
                 for start in range(0, len(missing), self._batch_size):
@@ -117,10 +131,24 @@ class Remembering:
         return [journal.known[position] for position in self._positions]
 
 
-def first_line(stem: Path) -> dict[str, Any]:
-    """What the first writer's file begins with; empty where there is none."""
-    rows = _read(_path(stem, 0))
-    return rows[0] if rows else {}
+def last_settings(stem: Path) -> dict[str, Any]:
+    """Those that the first writer last began with; empty where it has not."""
+    heads = [row for row in _read(_path(stem, 0)) if _is_head(row)]
+    return dict(heads[-1]["settings"]) if heads else {}
+
+
+def _version(ref: ImageRef) -> Any:
+    """Which image it is just now: of a file size and time, so that one that was replaced is another one."""
+    if ref.data is not None:
+        return hashlib.sha256(ref.data).hexdigest()
+    if ref.stored is None and ref.path is not None and ref.path.is_file():
+        status = ref.path.stat()
+        return [status.st_size, status.st_mtime_ns]
+    return str(ref.path)  # in a shard, which never changes; or missing, as asking will say
+
+
+def _is_head(row: Mapping[str, Any]) -> bool:
+    return "key" in row
 
 
 def _path(stem: Path, writer: int) -> Path:

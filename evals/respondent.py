@@ -47,7 +47,7 @@ class ModelRespondent:
     """Answers questions with a model and its processor; an image that a batch asks about often is encoded once.
 
     Args:
-        batch_size: questions answered together; rows are padded on the left, so answers do not depend on it.
+        batch_size: questions answered together; rows are padded on the left, in fp32 answers do not depend on it.
         facts: what to write beside every score: model, template, precision, versions.
         features: filled with what the vision tower says of every tile that is asked about; None runs it.
         decoding: of this model, for answers; None is greedy.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from anchorformer.schema import TARGET
 from evals import results
 from evals.conditions import under
 from evals.config import Condition, EvalConfig
-from evals.journal import Journal, Remembering, first_line
+from evals.journal import Journal, Remembering, last_settings
 from evals.questions import Question
 from evals.tasks.base import Respondent, TaskConfig
 
@@ -35,6 +34,7 @@ def evaluate(
     """
     for name, task, condition, asked in _parts(config, prepared):
         journal = Journal(_stem(out, name, condition, config), _settings(config, task, condition, facts), asked)
+        journal.begin()
         yield _result(config, name, task, condition, asked, journal, respondent, out, peak_gib)
 
 
@@ -64,7 +64,7 @@ def put_together(config: EvalConfig, prepared: Prepared, out: Path) -> Iterator[
     """
     for name, task, condition, asked in _parts(config, prepared):
         stem = _stem(out, name, condition, config)
-        journal = Journal(stem, first_line(stem).get("settings", {}), asked)
+        journal = Journal(stem, last_settings(stem), asked)
         yield _result(config, name, task, condition, asked, journal, None, out, None)
 
 
@@ -102,11 +102,8 @@ def _result(
     config: EvalConfig, name: str, task: TaskConfig, condition: Condition, asked: list[Question], journal: Journal,
     respondent: Respondent | None, out: Path, peak_gib: Callable[[], float] | None,
 ) -> dict[str, Any]:  # fmt: skip
-    before, start = len(journal.known), time.perf_counter()
     outcomes = task.answer(asked, Remembering(respondent, journal, range(len(asked)), config.batch_size))
-    seconds = time.perf_counter() - start
-    if respondent is None:
-        before, seconds = 0, journal.seconds
+    seconds, before = journal.spent(config.ranks)
     timing = {
         "seconds": round(seconds, 3),
         "questions_per_second": round((len(asked) - before) / max(seconds, 1e-9), 2),

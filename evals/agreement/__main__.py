@@ -69,7 +69,7 @@ def main() -> int:
     facts: dict[str, Any] = {
         "model": str(folder), "images": len(images), "layer": first.layer, "patches": eye.count(first),
         "of_patches": eye.tower.num_tokens - eye.tower.has_cls, "rule_of_layers": next(iter(selectors)),
-        "left_out": left_out,
+        "left_out": left_out, "is_tiled": eye.is_tiled,
     }  # fmt: skip
     overlaps = {
         "selectors": between_selectors(eye, selectors, images, config.batch_size),
@@ -91,6 +91,7 @@ def markdown(facts: dict[str, Any], selectors: Overlap, layers: Overlap) -> str:
         f"# Agreement of selectors on {facts['images']} images\n",
         f"`{facts['model']}`: each chooses {facts['patches']} of {facts['of_patches']} patches, [CLS] not counted. Two "
         f"that have nothing to do with each other share {facts['patches'] / facts['of_patches']:.3f} on average.\n",
+        *["The model cuts images into tiles; here each is seen as one padded square.\n"] * facts["is_tiled"],
         f"## Between selectors, layer {facts['layer']}\n",
         *(f"`{name}` is left out: {why}.\n" for name, why in facts["left_out"].items()),
         *_tables(selectors),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, pairwise
 
 import torch
 from torch import Tensor
@@ -40,13 +40,18 @@ class Overlap:
 
 @dataclass(frozen=True)
 class Eye:
-    """A vision tower that can be tapped anywhere, and how it takes images."""
+    """A vision tower that can be tapped anywhere, and how it takes images: each as one padded square.
+
+    Attributes:
+        is_tiled: whether the model that it is of cuts images into tiles.
+    """
 
     tower: VisionTower
     transform: ImageTransform
     mean: Sequence[float]
     std: Sequence[float]
     device: torch.device
+    is_tiled: bool
 
     def count(self, config: SelectorConfig) -> int:
         """Patches that a selector chooses here, [CLS] not counted."""
@@ -103,25 +108,30 @@ def between_layers(
 def spread(sources: Sequence[Source], wanted: int) -> list[ImageRef]:
     """At most so many different images, each the first of its record, evenly over the records of all sources.
 
+    The records are cut into as many equal shares, and each gives its first image that no other one has given. Shares
+    without such an image are made up for by further ones of the others.
+
     Raises:
         UserError: no record has one.
     """
     places = [(source, index) for source in sources for index in range(len(source))]
+    borders = [share * len(places) // wanted for share in range(wanted + 1)]
+    shares = [iter(places[start:end]) for start, end in pairwise(borders)]
     found: dict[ImageRef, None] = {}
-    # Every n-th record first, then those in between: records that share an image, or have none, are made up for.
-    step = max(len(places) // wanted, 1)
-    for start in range(step):
-        for source, index in places[start::step]:
-            for ref in source[index].images[:1]:
+    before = -1
+    while before < len(found) < wanted:
+        before = len(found)
+        for share in shares:
+            images = (ref for source, index in share for ref in source[index].images[:1])
+            ref = next((ref for ref in images if ref not in found), None)
+            if ref is not None:
                 found[ref] = None
-            if len(found) == wanted:
-                return list(found)
     if not found:
         raise UserError(
             "there are no images to look at", found=f"{len(places)} records without any", expected="1 or more",
             remedy="choose another data=",
         )  # fmt: skip
-    return list(found)
+    return list(found)[:wanted]
 
 
 def _chosen(selector: Selector, features: VisionFeatures) -> Tensor:

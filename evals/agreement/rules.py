@@ -10,6 +10,7 @@ import torch
 from anchorformer.configuration import AnchorFormerConfig
 from anchorformer.errors import UserError
 from anchorformer.images import ImageTransform
+from anchorformer.parts import parse_tiling
 from anchorformer.schema import parse_plugin
 from anchorformer.selectors.base import PACKAGE, SelectorConfig
 from anchorformer.weights import check_folder, load_tower
@@ -29,7 +30,8 @@ def open_eye(folder: Path) -> tuple[Eye, SelectorConfig]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tower = load_tower(folder, torch.float32)
     transform = ImageTransform.for_statistics(tower.image_size, model.image_mean)
-    return Eye(tower, transform, model.image_mean, model.image_std, device), own
+    is_tiled = bool(parse_tiling(model.tiling).grids)
+    return Eye(tower, transform, model.image_mean, model.image_std, device, is_tiled), own
 
 
 def rules(config: AgreementConfig, eye: Eye, own: SelectorConfig) -> tuple[dict[str, Choosing], dict[str, str]]:

@@ -15,10 +15,12 @@ class Definition:
     Attributes:
         score: prediction and accepted references (at least one) to a value in [0, 1].
         text: what tells it from the others, for the result file.
+        least: references that a question needs, if it has any: with fewer no answer could be worth a full point.
     """
 
     score: Callable[[str, Sequence[str]], float]
     text: str
+    least: int = 1
 
 
 @dataclass(frozen=True, slots=True)

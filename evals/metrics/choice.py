@@ -12,10 +12,9 @@ SENTENCE = re.compile(r"The answer is ([A-Z]).")
 
 
 def letter_lmms(prediction: str, references: Sequence[str]) -> float:
-    """1 where the answer is the letter in any case, or begins with the capital and a full stop (lmms-eval)."""
+    """1 where the answer is a reference's letter in any case, or begins with it and a full stop (lmms-eval)."""
     text = prediction.strip()
-    (letter,) = references
-    return float(text.lower() == letter.lower() or text[:2] == f"{letter}.")
+    return float(any(text.lower() == letter.lower() or text[:2] == f"{letter}." for letter in references))
 
 
 def letter_of(prediction: str) -> str | None:

@@ -9,6 +9,8 @@ from evals.metrics.base import Definition
 
 ENOUGH = 3
 """Of the other nine people's answers that have to agree for a full point."""
+LEAST = ENOUGH + 1
+"""References with which a full point is possible, as one is left out in turn."""
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 FULL_STOPS = 32
 """Of them only so many are removed: the reference passes a flag where its library reads a count."""
@@ -40,7 +42,8 @@ def vqa_accuracy(prediction: str, references: Sequence[str]) -> float:
     alike. Metric: Antol et al. 2015, "VQA".
 
     Returns:
-        0, .3, .6, .9 or 1 for 0, 1, 2, 3 or more of ten references that agree.
+        0, .3, .6, .9 or 1 for 0, 1, 2, 3 or more of ten references that agree. Of fewer than LEAST references none can
+        be worth 1, even if all of them agree: tasks refuse such questions.
     """
     return _leave_one_out(normalise(prediction), [normalise(reference) for reference in references])
 
@@ -99,7 +102,8 @@ def _leave_one_out(predicted: str, expected: Sequence[str]) -> float:
 
 
 def _scored(score: Callable[[str, Sequence[str]], float], who: str, how: str) -> Definition:
-    return Definition(score, f"VQA accuracy ({who}): {how}; leave-one-out over the references, 3 agreeing are enough")
+    text = f"VQA accuracy ({who}): {how}; leave-one-out over the references, {ENOUGH} agreeing are enough"
+    return Definition(score, text, least=LEAST)
 
 
 DEFINITIONS = {

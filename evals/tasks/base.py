@@ -9,6 +9,7 @@ from typing import Annotated, Any, Protocol
 
 from pydantic import Field
 
+from anchorformer.errors import UserError
 from anchorformer.schema import Schema, parse_plugin
 from data.sources.base import PACKAGE as SOURCES
 from data.sources.base import SourceConfig
@@ -97,6 +98,29 @@ class AnswerTask(TaskConfig):
     @property
     def _definition(self) -> tuple[str, Definition]:
         return METRICS[self.metric].named(self.variant)
+
+    @property
+    def scored_by(self) -> dict[MetricName, Definition]:
+        """The definitions that answers are scored by."""
+        return {self.metric: self._definition[1]}
+
+    def questions(self, name: str, root: Path, cache_dir: Path, limit: int | None) -> list[Question]:
+        """As every task's.
+
+        Raises:
+            UserError: also a question with fewer references than a metric needs.
+        """
+        questions = super().questions(name, root, cache_dir, limit)
+        for metric, definition in self.scored_by.items():
+            for item in questions:
+                if 0 < len(item.references) < definition.least:
+                    raise UserError(
+                        f"tasks.{name}: record {item.id} has too few answers for {metric.value}",
+                        found=f"{len(item.references)} answer(s)",
+                        expected=f"{definition.least} or more, with fewer even a right answer is no full point",
+                        remedy="name another metric, such as exact_match, or a file with the answers of more people",
+                    )
+        return questions
 
     def answer(self, questions: Sequence[Question], respondent: Respondent) -> list[Outcome]:
         score = self._definition[1].score

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from evals.metrics import METRICS, MetricName
+from evals.metrics.base import Definition
 from evals.questions import Question
 from evals.submission import Outcome
 from evals.tasks.base import AnswerTask
@@ -20,6 +21,10 @@ class CustomTask(AnswerTask):
     max_new_tokens: int = 32
     further: tuple[MetricName, ...] = ()
     """Metrics whose means are in `aggregate`, beside that of `metric`."""
+
+    @property
+    def scored_by(self) -> dict[MetricName, Definition]:
+        return {**{name: METRICS[name].named(None)[1] for name in self.further}, **super().scored_by}
 
     def aggregate(self, questions: Sequence[Question], outcomes: Sequence[Outcome]) -> dict[str, Any]:
         pairs = [

@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,12 @@ def _imported(folder: Path) -> tuple[Any, AnchorFormerProcessor]:
     return load_model(folder, torch.float32).eval(), AnchorFormerProcessor.from_pretrained(folder)
 
 
-def _asked(processor: AnchorFormerProcessor) -> tuple[Tensor, Tensor]:
-    image = Image.effect_noise((28, 28), 80).convert("RGB")
-    inputs = processor(image, conversations=[[("user", f"{IMAGE_TOKEN}\nwhat color is the star?")]])
+PICTURE = Image.radial_gradient("L").resize((28, 28)).convert("RGB")
+
+
+def _asked(processor: AnchorFormerProcessor, token_counts: list[list[int]] | None = None) -> tuple[Tensor, Tensor]:
+    turns = [("user", f"{IMAGE_TOKEN}\nwhat color is the star?")]
+    inputs = processor(PICTURE, conversations=[turns], token_counts=token_counts)
     return inputs["input_ids"], inputs["pixel_values"]
 
 
@@ -105,19 +109,27 @@ INDEX_SELECTORS = {
     "anchor": {"num_anchors": 9}, "average": {"num_anchors": 6}, "fastervlm": {"num_anchors": 5},
     "vtc_cls": {"num_anchors": 5}, "received": {"num_anchors": 5}, "cls_similarity": {"num_anchors": 5},
     "pca": {"num_anchors": 5}, "uniform": {"num_anchors": 4}, "random": {"num_anchors": 5},
+    "correlation": {"low_layer": 1, "deep_layer": -1, "tau": 0.9, "min_neighbours": 2},
 }  # fmt: skip
+MERGING_SELECTORS = {
+    "visionzip": {"num_anchors": 6}, "prumerge_plus": {"num_anchors": 9, "neighbours": 4}, "mean_pool": {},
+}  # fmt: skip
+SELECTORS: dict[str, dict[str, Any]] = INDEX_SELECTORS | MERGING_SELECTORS
 
 
-@pytest.mark.parametrize("name", INDEX_SELECTORS)
+@pytest.mark.parametrize("name", SELECTORS)
 @torch.no_grad()
 def test_pruned_is_llava_fed_with_the_pruned_embeddings(name: str, llava: Path, published: Any, tmp_path: Path) -> None:
-    selector = read_selector([f"selector={name}", *(f"selector.{k}={v}" for k, v in INDEX_SELECTORS[name].items())])
+    selector = read_selector([f"selector={name}", *(f"selector.{k}={v}" for k, v in SELECTORS[name].items())])
     model, processor = _imported(import_llava(llava, selector, tmp_path / "out"))
-    ids, tiles = _asked(processor)
-    pixels = _pixels(tiles)
-    anchors = model.selector(model.vision_tower(pixels))
+    pixels = _pixels(processor.image_transform.tiles([PICTURE]))
+    features = model.vision_tower(pixels)
     hidden = published.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2]
-    kept = hidden.take_along_dim(anchors.indices_BT[..., None], 1)
+    anchors = model.selector(replace(features, tokens_BNV=hidden))
+    assert (anchors.indices_BT is None) == (name in MERGING_SELECTORS)
+    kept = anchors.tokens_BTV if anchors.indices_BT is None else hidden.take_along_dim(anchors.indices_BT[..., None], 1)
+    assert kept.shape[1] < PATCHES
+    ids, tiles = _asked(processor, [[kept.shape[1]]])
     embeds = published.get_input_embeddings()(ids)
     embeds[ids == model.image_token_id] = published.model.multi_modal_projector(kept)[0]
     mask = torch.ones_like(ids)

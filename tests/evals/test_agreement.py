@@ -16,10 +16,10 @@ from PIL import Image
 from anchorformer.errors import UserError
 from anchorformer.selectors.pca import PcaSelectorConfig
 from anchorformer.selectors.vtc_cls import VtcClsSelectorConfig
-from data.record import ImageRef
+from data.record import ImageRef, Record
 from evals.agreement.__main__ import compose_config, main
 from evals.agreement.config import choosing
-from evals.agreement.overlaps import _chosen, _overlap, between_selectors
+from evals.agreement.overlaps import _chosen, _overlap, between_selectors, spread
 from evals.agreement.rules import open_eye
 
 SIMILARITY = {"_target_": "anchorformer.selectors.cls_similarity.ClsSimilaritySelectorConfig", "num_anchors": 9}
@@ -78,7 +78,36 @@ def test_selectors_and_layers_are_compared_on_different_images(
     assert selectors["share"][1] == selectors["share"][2]
     assert selectors["share"][0][5] < 1
     assert f"on {IMAGES} images" in found["text"]
+    assert "tiles" not in found["text"]
     assert "share 0.500 on average" in found["text"]
+
+
+@pytest.mark.parametrize(("sizes", "wanted"), [((199,), 100), ((100, 99), 100), ((299,), 100), ((7, 50, 3), 20)])
+def test_images_are_spread_evenly_over_all_records(sizes: tuple[int, ...], wanted: int) -> None:
+    sources = [pictured(*(f"{number}/{record}" for record in range(size))) for number, size in enumerate(sizes)]
+    order = [record.images[0] for source in sources for record in source]
+    places = [order.index(ref) for ref in spread(sources, wanted)]
+    step = sum(sizes) / wanted
+    assert [abs(place - number * step) < 1 for number, place in enumerate(places)] == [True] * wanted
+
+
+def test_records_without_an_image_of_their_own_are_made_up_for() -> None:
+    source = pictured("a", "a", None, "b", "b", "c", None, None, "c", "d", "e", "f")
+    assert names(spread([source], 4)) == ["a", "b", "c", "d"]
+    assert sorted(names(spread([source], 6))) == sorted(names(spread([source], 99))) == list("abcdef")
+    assert len(spread([source], 5)) == 5
+    with pytest.raises(UserError, match="no images to look at"):
+        spread([pictured(None)], 4)
+
+
+def pictured(*pictures: str | None) -> Any:
+    """A source of records with these images."""
+    refs = [() if name is None else (ImageRef(path=Path(name)),) for name in pictures]
+    return [Record(str(number), images, ()) for number, images in enumerate(refs)]
+
+
+def names(images: list[ImageRef]) -> list[str]:
+    return [str(ref.path) for ref in images]
 
 
 def test_a_tower_that_was_cut_says_who_cannot_look_through_it(
@@ -90,6 +119,17 @@ def test_a_tower_that_was_cut_says_who_cannot_look_through_it(
     assert list(found["left_out"]) == ["cls_similarity"]
     assert "selector=cls_similarity" in found["text"]
     assert found["layers"]["names"] == ["1", "2"]
+
+
+def test_every_selector_that_is_offered_chooses_patches_and_a_tiled_model_is_said_to_be_seen_whole(
+    compare: Callable[..., dict[str, Any]], assemble_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A selector that merges has no indices to compare: it has to be named in `_MERGING`."""
+    monkeypatch.setattr(sys, "argv", [])
+    folder = assemble_tiny(SIMILARITY, tiling={"grids": [[2, 2]]})
+    found = compare(folder, f"selectors=[{','.join(choosing())}]", "patches=4", "images=1", "layers=2")
+    assert found["selectors"]["names"] == list(choosing())
+    assert "one padded square" in found["text"]
 
 
 def test_rules_that_add_up_other_layers_do_not_share_a_forward(

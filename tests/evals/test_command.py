@@ -15,6 +15,8 @@ from data.folders import model_folder
 from data.overrides import CONF
 from evals.__main__ import compose_config, main
 from evals.config import Condition
+from evals.metrics.choice import letter_lmms
+from evals.metrics.vqa_accuracy import LEAST, vqa_accuracy
 from evals.prepare import prepare
 from evals.submission import Outcome
 from evals.tasks.base import PACKAGE, TaskConfig
@@ -113,6 +115,27 @@ def test_questions_of_ones_own_in_two_short_words(tmp_path: Path, folder: str) -
     assert [item.references for item in questions] == [("a", "b"), ()]
     outcomes = [Outcome("b", 1.0), Outcome("x", None)]
     assert task.aggregate(questions, outcomes) == {"anls": 1.0, "relaxed_accuracy": 1.0}
+
+
+@pytest.mark.parametrize("metrics", ["[vqa_accuracy]", "[exact,vqa_accuracy]"])
+def test_too_few_answers_for_a_full_point_are_refused_when_they_are_read(tmp_path: Path, metrics: str) -> None:
+    def read(*answers: list[str]) -> None:
+        rows = [{"question_id": n, "image": "a.png", "question": "what?", "answer": a} for n, a in enumerate(answers)]
+        (tmp_path / "mine.json").write_text(json.dumps(rows))
+        words = ["model=m", "task=custom", f"data={tmp_path}/mine.json", f"metrics={metrics}"]
+        prepare(compose_config([*words, f"data.cache_dir={tmp_path}/cache"]))
+
+    for count in range(1, LEAST):
+        assert vqa_accuracy("cat", ["cat"] * count) < 1
+        with pytest.raises(UserError) as caught:
+            read(["cat"] * LEAST, ["cat"] * count)
+        assert all(word in str(caught.value) for word in (f"{count} answer", "4 or more", "exact_match", "record 1"))
+    assert vqa_accuracy("cat", ["cat"] * LEAST) == 1
+    read(["cat"] * LEAST, ["cat"] * 10, [])
+
+
+def test_one_of_several_letters_is_right() -> None:
+    assert [letter_lmms(said, ["A", "C"]) for said in ("A", "c", "C. a dog", "B")] == [1, 1, 1, 0]
 
 
 def test_an_unknown_definition_of_a_metric_is_refused_with_the_ones_there_are(tmp_path: Path) -> None:

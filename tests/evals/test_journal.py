@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anchorformer.errors import UserError
+from data.record import ImageRef
 from evals.config import Condition, EvalConfig, EvalDataConfig
 from evals.journal import Journal
 from evals.metrics import MetricName
@@ -27,7 +28,7 @@ from evals.tasks.caption_loss import CaptionLossTask
 from evals.tasks.vqa import VqaTask
 from evals.workers import environment, run_shares
 
-FACTS = {"model_sha256": "0" * 64, "template": "v1", "machine": "here"}
+FACTS = {"model_sha256": "0" * 64, "template": "v1", "machine": "here", "precision": "fp32"}
 
 
 class Counting:
@@ -98,13 +99,85 @@ def test_answers_of_another_model_or_prompt_are_none(tmp_path: Path, changed: di
     assert len(respondent.asked) == 4
 
 
-def test_another_machine_and_batch_size_go_on_with_the_answers(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, VqaTask(source={}), 4, Counting(2))
-    respondent = Counting()
+@pytest.mark.parametrize("changed", [{"machine": "there"}, {"batch_size": 3}, {"vision_features": "cached"}])
+@pytest.mark.parametrize(("precision", "left"), [("fp32", ["q2", "q3"]), ("bf16", ["q0", "q1", "q2", "q3"])])
+def test_another_machine_or_batch_size_goes_on_with_the_answers_where_it_rounds_alike(
+    tmp_path: Path, precision: str, left: list[str], changed: dict[str, Any]
+) -> None:
+    facts = {**FACTS, "precision": precision, "batch_size": 2}
     asked = {"t": (VqaTask(source={}), questions(4))}
-    list(evaluate(config(batch_size=3), asked, respondent, {**FACTS, "machine": "there"}, tmp_path))
-    assert respondent.asked == ["q2", "q3"]
+    with pytest.raises(KeyboardInterrupt):
+        list(evaluate(config(), asked, Counting(2), facts, tmp_path))
+    respondent = Counting()
+    list(evaluate(config(), asked, respondent, {**facts, **changed}, tmp_path))
+    assert respondent.asked == left
+
+
+def test_an_answer_about_an_image_that_was_replaced_is_none(tmp_path: Path) -> None:
+    picture = tmp_path / "a.png"
+    picture.write_bytes(b"one")
+
+    def answer(patience: int, data: bytes, condition: Condition) -> list[str]:
+        refs = ImageRef(path=picture), ImageRef(data=data)
+        asked = [replace(item, images=refs) for item in questions(4)]
+        respondent = Counting(patience)
+        list(evaluate(config(conditions=(condition,)), {"t": (VqaTask(source={}), asked)}, respondent, FACTS, tmp_path))
+        return respondent.asked
+
+    for condition in (Condition.right, Condition.none):
+        picture.write_bytes(b"one")
+        os.utime(picture, (0, 0))
+        with pytest.raises(KeyboardInterrupt):
+            answer(2, b"first", condition)
+        with pytest.raises(KeyboardInterrupt):
+            answer(0, b"first", condition)  # the same images: what is known stays
+        assert len(answer(9, b"second", condition)) == (4 if condition is Condition.right else 2)
+        with pytest.raises(KeyboardInterrupt):
+            answer(2, b"first", condition)
+        picture.write_bytes(b"two")
+        assert len(answer(9, b"first", condition)) == (4 if condition is Condition.right else 2)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_time_is_that_of_the_last_attempt_and_of_what_it_has_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("evals.journal.time.time", lambda: now[0])
+
+    class Slow(Counting):
+        def answers(self, questions: Sequence[Question], max_new_tokens: int) -> list[str]:
+            said = super().answers(questions, max_new_tokens)
+            now[0] += 5 * len(said)
+            return said
+
+    prepared = {"t": (VqaTask(source={}), questions(10))}
+    for share, patience in enumerate((4, 2)):
+        with pytest.raises(KeyboardInterrupt):
+            answer_share(config(ranks=2), prepared, Slow(patience), FACTS, tmp_path, share)
+    now[0] += 3600
+    facts, last = {**FACTS, "machine": "there"}, config(ranks=ranks)
+    if ranks == 1:
+        (result,) = evaluate(last, prepared, Slow(), facts, tmp_path)
+    else:
+        for share in range(ranks):
+            answer_share(last, prepared, Slow(), facts, tmp_path, share)
+        (result,) = put_together(last, prepared, tmp_path)
+    # Of ten the places 0, 2, 4, 6 and 1, 3 were answered; 5, 7, 8 and 9 are left.
+    slowest = {1: 4, 2: 3, 3: 2}[ranks]
+    assert (result["ranks"], result["machine"]) == (ranks, "there")
+    assert result["time"] == {
+        "seconds": 5.0 * slowest, "questions_per_second": round(4 / (5 * slowest), 2), "answered_before": 6,
+    }  # fmt: skip
+
+
+def test_a_result_of_answers_that_were_all_there_took_no_time(tmp_path: Path) -> None:
+    shared, prepared = config(ranks=2), {"t": (VqaTask(source={}), questions(4))}
+    for _ in range(2):
+        for share in range(2):
+            answer_share(shared, prepared, Counting(4), FACTS, tmp_path, share)
+    (result,) = put_together(shared, prepared, tmp_path)
+    assert (result["time"]["seconds"], result["time"]["answered_before"]) == (0, 4)
 
 
 @settings(deadline=None, max_examples=30)

@@ -5,15 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
+from torch import nn
 
+from anchorformer.connectors.base import PACKAGE as CONNECTOR_PACKAGE
+from anchorformer.connectors.base import ConnectorConfig
+from anchorformer.contracts import Anchors, VisionFeatures
 from anchorformer.errors import UserError
 from anchorformer.model_folder import MANIFEST
+from anchorformer.schema import parse_plugin
+from data.overrides import CONF
 from evals.questions import Question
 from tests.train.cases import ALIGN, FINETUNE
 from tests.train.ranks import Ranks
@@ -22,7 +30,7 @@ from train.compose import compose
 from train.distributed import World, alone
 from train.observe import anchors
 from train.observe.checks import check_shown
-from train.observe.health import fixed_questions
+from train.observe.health import SHADE, Look, Taps, _overlays, fixed_questions, measures
 from train.observe.validation import SharedRespondent, Validation, is_sharded, looking
 from train.run.folder import RunFolder
 
@@ -235,6 +243,89 @@ def test_measures_of_known_selections() -> None:
     assert anchors.head_overlap(same, 2) == pytest.approx(2 / 6), "one of three pairs agrees"
     assert anchors.entropy(torch.zeros(2, 8)) == pytest.approx(1)
     assert anchors.entropy(torch.tensor([0.0, -torch.inf])) == 0
+
+
+STACK = {"depth": 2, "num_heads": 2, "head_dim": 8}
+CONNECTORS = {
+    "anchor_former": STACK, "resampler": STACK, "resampler_flamingo": STACK,
+    "resampler_mqt": {"num_queries": 4, "num_heads": 2},
+    "resampler_honeybee": {"num_queries": 4, "depth": 2, "num_heads": 2, "width": 16, "ff_width": 16},
+    "qformer": {"num_queries": 4, "depth": 3, "num_heads": 2, "width": 16, "ff_width": 16},
+}  # fmt: skip
+ATTENTIONS = {"resampler_mqt": 1}
+"""Cross-attentions of each, where it is not two."""
+
+
+WITHOUT_MASK = ("resampler_mqt",)
+"""Connectors that need the raster of one tile, where nothing is hidden."""
+
+
+CASES = [(name, masked) for name in CONNECTORS for masked in (False, True) if not (masked and name in WITHOUT_MASK)]
+
+
+@pytest.mark.parametrize(("name", "masked"), CASES)
+@torch.no_grad()
+def test_connector_entropy_is_an_eager_softmax(name: str, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = yaml.safe_load((CONF / "connector" / f"{name}.yaml").read_text()) | CONNECTORS[name]
+    torch.manual_seed(0)
+    connector = parse_plugin(ConnectorConfig, spec, CONNECTOR_PACKAGE, name).build(16, 12).eval()
+    for parameter in connector.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.5)  # queries that start at zero look evenly
+    tokens, real = torch.randn(3, 17, 16), torch.tensor([17, 5, 9])
+    mask = torch.arange(17) < real[:, None] if masked else None
+    expected = []
+
+    def eager(query: Any, key: Any, value: Any, *, scale: float, mask: Any = None, **_: Any) -> Any:
+        logits = query @ key.mT * scale
+        hidden = torch.zeros(1, 1, 1, key.shape[2], dtype=torch.bool) if mask is None else ~mask
+        shares = logits.masked_fill(hidden, -1e9).softmax(-1)
+        entropy = -(shares * (shares + 1e-30).log()).sum(-1)
+        if key.shape[2] >= 16:  # the Q-Former's queries talk to each other as well
+            expected.append(float((entropy / (~hidden).sum(-1).log()).mean()))
+        return (shares @ value).transpose(1, 2)
+
+    monkeypatch.setattr("anchorformer.connectors.blocks.attend", eager)
+    monkeypatch.setattr("anchorformer.kernels.vision_attention.attend", eager)
+    features = VisionFeatures(tokens, None, True, mask_BN=mask)
+    with Taps(SimpleNamespace(vision_tower=nn.Identity(), selector=nn.Identity(), connector=connector)) as taps:
+        connector(Anchors(tokens[:, :4], None), features)
+    assert len(expected) == ATTENTIONS.get(name, 2)
+    assert all(value < 0.99 for value in expected), "an even look shows nothing"
+    assert taps.take().attention == pytest.approx(expected, rel=1e-5)
+
+
+PATCHES = 16
+
+
+def passed(tiles: int, views: int, *chosen: list[int], has_cls: bool = True) -> Look:
+    """Tiles of 8 x 8 pixels in one colour, seen as so many views, with these anchors."""
+    tokens = torch.zeros(views, has_cls + PATCHES * tiles // views, 4)
+    anchors = Anchors(torch.zeros(views, len(chosen[0]), 4), torch.tensor(chosen)) if chosen else Anchors(tokens, None)
+    return Look([torch.zeros(tiles, 3, 8, 8)], [(VisionFeatures(tokens, None, has_cls), anchors)])
+
+
+def light(look: Look) -> list[set[int]]:
+    """Patches of each overlay that are as bright as the image; the others are dark, and each is of one colour."""
+    shown = []
+    for picture in _overlays(look, SimpleNamespace(image_mean=[0.5] * 3, image_std=[0.2] * 3)):
+        assert picture.size == (336, 336)
+        by_patch = np.asarray(picture).reshape(4, 84, 4, 84, 3).transpose(0, 2, 1, 3, 4).reshape(PATCHES, -1)
+        assert (by_patch == by_patch[:, :1]).all()
+        assert set(by_patch[:, 0]) <= {128, int(128 * SHADE)}
+        shown.append({int(patch) for patch in np.flatnonzero(by_patch[:, 0] == 128)})
+    return shown
+
+
+def test_patches_that_are_no_anchors_are_dark() -> None:
+    everything = set(range(PATCHES))
+    assert light(passed(1, 1, [0, 1, 6, 16])) == [{0, 5, 15}]
+    assert light(passed(1, 1, [1, 6, 15], has_cls=False)) == [{1, 6, 15}]
+    assert light(passed(2, 2, [0, 1, 2], [0, 3, 4])) == [{0, 1}, {2, 3}]
+    assert light(passed(1, 1)) == [everything], "merged tokens are no patches"
+    over_all_tiles = passed(4, 1, [0, 1, 17, 33])
+    assert light(over_all_tiles) == [everything] * 4
+    assert measures([over_all_tiles]) == {}
+    assert measures([passed(2, 2, [0, 1, 2], [0, 3, 4])])["patches_used"] == 4 / PATCHES
 
 
 def test_fixed_images_are_the_same_every_time_and_have_one_image_each(make_run: MakeRun) -> None:

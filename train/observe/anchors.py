@@ -54,7 +54,10 @@ def head_overlap(scores_BHP: Tensor, per_head: int) -> float:
 
 
 def entropy(logits: Tensor) -> float:
-    """Mean entropy of the softmax over the last dimension, as a share of its largest value: 1 is an even look."""
-    if logits.shape[-1] == 1:
-        return 0.0
-    return float(torch.special.entr(logits.float().softmax(-1)).sum(-1).mean() / math.log(logits.shape[-1]))
+    """Mean entropy of the softmax over the last dimension, as a share of its largest value: 1 is an even look.
+
+    Logits of -inf, which a mask leaves, do not count among those that could be looked at.
+    """
+    entropies = torch.special.entr(logits.float().softmax(-1)).sum(-1)
+    largest = (logits != -torch.inf).sum(-1).clamp(min=2).log()
+    return float((entropies / largest).mean())

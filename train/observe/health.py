@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from anchorformer.connectors.blocks import CrossAttention
+from anchorformer.connectors.blocks import CrossAttention, MultiHeadAttention
 from anchorformer.contracts import Anchors, VisionFeatures
 from anchorformer.errors import UserError
 from data.images import load as load_image
@@ -58,16 +59,24 @@ class Taps:
     def __init__(self, model: Any) -> None:
         self._model, self._stack = model, ExitStack()
         self.look = Look()
-        self._queries: Tensor | None = None
+        self._passed: dict[str, Tensor] = {}
 
     def __enter__(self) -> Taps:
         keep = self._stack.enter_context
         keep(self._model.vision_tower.register_forward_pre_hook(self._tower))
         keep(self._model.selector.register_forward_hook(self._selector))
-        for module in self._model.connector.modules():
+        for name, module in self._model.connector.named_modules():
             if isinstance(module, CrossAttention):
-                keep(module.to_q.register_forward_hook(self._to_q))
+                keep(module.to_q.register_forward_hook(partial(self._pass, "queries")))
                 keep(module.register_forward_hook(self._cross))
+            elif isinstance(module, MultiHeadAttention):
+                keep(module.to_q.register_forward_hook(partial(self._pass, "queries")))
+                keep(module.to_k.register_forward_hook(partial(self._pass, "keys")))
+                keep(module.register_forward_hook(self._multi_head))
+            elif name.endswith("crossattention.attention"):  # transformers' Q-Former
+                keep(module.query.register_forward_hook(partial(self._pass, "queries")))
+                keep(module.key.register_forward_hook(partial(self._pass, "keys")))
+                keep(module.register_forward_hook(self._q_former, with_kwargs=True))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -84,20 +93,28 @@ class Taps:
     def _selector(self, _: nn.Module, arguments: tuple[Any, ...], out: Anchors) -> None:
         self.look.chosen.append((arguments[0], out))
 
-    def _to_q(self, _: nn.Module, __: object, out: Tensor) -> None:
-        self._queries = out.detach()
+    def _pass(self, name: str, _: nn.Module, __: object, out: Tensor) -> None:
+        self._passed[name] = out.detach()
 
     def _cross(self, module: Any, arguments: tuple[Any, ...], _: object) -> None:
-        assert self._queries is not None
         _, key_values_BNE, *mask = arguments
+        self._passed["keys"] = key_values_BNE.detach().chunk(2, dim=-1)[0]
+        self._attend(module.head_width, *mask)
 
+    def _multi_head(self, module: Any, arguments: tuple[Any, ...], _: object) -> None:
+        self._attend(module.head_width, *arguments[3:])
+
+    def _q_former(self, module: Any, _: object, named: dict[str, Any], __: object) -> None:
+        mask_B11N = named["encoder_attention_mask"]
+        self._attend(module.attention_head_size, None if mask_B11N is None else mask_B11N[:, 0, 0])
+
+    def _attend(self, head_width: int, mask_BN: Tensor | None = None) -> None:
         def heads(x: Tensor) -> Tensor:
-            return x.float().unflatten(-1, (-1, module.head_width)).transpose(1, 2)
+            return x.float().unflatten(-1, (-1, head_width)).transpose(1, 2)
 
-        keys = heads(key_values_BNE.detach().chunk(2, dim=-1)[0])
-        logits = heads(self._queries) @ keys.transpose(-1, -2) * module.head_width**-0.5
-        if mask and mask[0] is not None:
-            logits = logits.masked_fill(~mask[0][:, None, None], -torch.inf)
+        logits = heads(self._passed["queries"]) @ heads(self._passed["keys"]).transpose(-1, -2) * head_width**-0.5
+        if mask_BN is not None:
+            logits = logits.masked_fill(~mask_BN[:, None, None], -torch.inf)
         self.look.attention.append(anchors.entropy(logits))
 
 
