@@ -19,7 +19,7 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True, slots=True)
 class VisionNeeds:
-    """What a selector reads from the vision tower; the tower taps exactly this and runs no layer beyond it.
+    """What a selector reads from the vision tower; the tower taps exactly this and runs no layer that it does not need.
 
     Layers are indices into the tower's hidden states as Hugging Face counts them (1 = output of the first block, -2 =
     of the last but one); an attention row belongs to the block that produces the hidden state.
