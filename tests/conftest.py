@@ -37,6 +37,13 @@ SENTENCES = [
 BESIDE = pytest.StashKey[dict[str, Beside]]()
 
 
+def pytest_sessionstart() -> None:
+    """Models here are so small that a second thread costs a third more processor time and saves none."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What looks at something that runs beside the tests comes last."""
     items.sort(key=lambda item: item.get_closest_marker("beside") is not None)

@@ -194,8 +194,7 @@ def test_tokens_in_half_precision_stay_what_they_are(name: str) -> None:
 
 @pytest.mark.parametrize("name", _names())
 def test_autocast_chooses_no_other_anchors(name: str) -> None:
-    many = [_features(seed=seed) for seed in range(20)]
-    for features in many:
+    for features in [_features(seed=seed) for seed in range(5)]:
         exact, chosen = _select(name, features)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             tokens, indices = _select(name, features)

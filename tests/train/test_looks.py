@@ -29,9 +29,17 @@ MODELS = [
     {"connector": CONNECTORS["identity"], "selector": SELECTORS["average"], "integration": ERAM_V},
 ]
 NAMES = [*CONNECTORS, *SELECTORS, "eram_v"]
+KINDS = ("anchor_former", "qformer", "resampler_mqt", "anchor", "mean_pool", "correlation", "eram_v")
+"""One of each way to look and to choose."""
 
 
-@pytest.mark.parametrize("parts", MODELS, ids=NAMES)
+@pytest.mark.parametrize(
+    "parts",
+    [
+        pytest.param(parts, id=name, marks=[] if name in KINDS else pytest.mark.slow)
+        for name, parts in zip(NAMES, MODELS, strict=True)
+    ],
+)
 def test_its_anchors_are_drawn(
     make_run: MakeRun, assemble_tiny: Callable[..., Path], tmp_path: Path, parts: dict[str, Any]
 ) -> None:
