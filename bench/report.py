@@ -226,10 +226,10 @@ def _grouped(
 
 
 _PLOTS: dict[str, Callable[[Sheet], Iterator[tuple[str, str]]]] = {
-    "ablation": _ablation_plots, "cpu": _cpu_plots, "generate": _generate_plots,
+    "ablation": _ablation_plots, "ablation-short": _ablation_plots, "cpu": _cpu_plots, "generate": _generate_plots,
     "gpu-micro": _micro_plots, "gpu-step": _step_plots, "gpu-ladder": _ladder_plots, "gpu-ladder-align": _ladder_plots,
 }  # fmt: skip
 _TABLES: dict[str, Callable[[Sheet], Iterator[str]]] = {
-    "ablation": _ablation_tables, "cpu": _cpu_tables, "generate": _cpu_tables,
+    "ablation": _ablation_tables, "ablation-short": _ablation_tables, "cpu": _cpu_tables, "generate": _cpu_tables,
     "gpu-micro": _gpu_tables, "gpu-step": _gpu_tables, "gpu-ladder": _gpu_tables, "gpu-ladder-align": _gpu_tables,
 }  # fmt: skip
