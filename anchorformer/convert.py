@@ -40,7 +40,7 @@ def read_published(path: Path) -> dict[str, Tensor]:
             found = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise _no_projector(path, " ".join(str(error).split())[:300]) from None
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+    if not (isinstance(found, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items())):
         raise _no_projector(path, f"{type(found).__name__}, not tensors by name")
     return {key: value for key, value in found.items() if _PUBLISHED_PREFIX.match(key)} or found
 

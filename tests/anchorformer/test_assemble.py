@@ -119,6 +119,7 @@ class Planted:
         ("code.bin", {"mm_projector.0.weight": Planted()}, "Weights only load failed"),
         ("list.bin", [torch.zeros(1)], "list, not tensors by name"),
         ("numbers.bin", {"epoch": 3}, "not tensors by name"),
+        ("places.bin", {0: torch.zeros(1)}, "not tensors by name"),
         ("pointer.bin", b"version https://git-lfs.github.com/spec/v1", "git-lfs"),
         ("pointer.safetensors", b"version https://git-lfs.github.com/spec/v1", "git-lfs"),
         ("empty.bin", b"", "git-lfs"),
