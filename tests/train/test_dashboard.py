@@ -9,7 +9,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from anchorformer.errors import UserError
 from tests.train.cases import ALIGN
 from tests.train.conftest import MakeRun
 from tests.train.tracked import rows, write
+from tests.waiting import until
 from train.compose import ROOT
 from train.observe.feed import BusyError
 from train.observe.trackers.base import TrackerConfig
@@ -162,11 +162,9 @@ def test_all_projects_are_served_from_before_the_first_run_on(make_run: MakeRun,
         )  # fmt: skip
 
     def wait_for(words: str) -> str:
-        deadline = time.monotonic() + 100
-        while words not in (text := (tmp_path / "said").read_text()):
-            assert process.poll() is None, text
-            assert time.monotonic() < deadline, text
-            time.sleep(0.1)
+        until(lambda: words in (tmp_path / "said").read_text() or process.poll() is not None, seconds=100)
+        text = (tmp_path / "said").read_text()
+        assert words in text
         return text
 
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -79,7 +78,6 @@ def test_an_evaluation_of_a_part_is_not_taken_for_the_whole(tmp_path: Path) -> N
     assert (row["scene"], row["scene (limit 50)"]) == (0.5, 1.0)
 
 
-@pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
 @pytest.mark.parametrize("target", ["sweep", "ablation", "neighbours"])
 @pytest.mark.parametrize(("code", "has_report"), [(0, True), (1, True), (75, False)])
 def test_make_reports_on_what_failed_and_ends_so(tmp_path: Path, target: str, code: int, has_report: bool) -> None:

@@ -6,14 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from anchorformer.errors import UserError
 from tests.train.fake_trials import add, python, run, say
+from tests.waiting import until
 from train.compose import ROOT
 from train.run import lock
 from train.run.process import began
@@ -33,13 +32,6 @@ begin = time.time()
 time.sleep(0.1)
 open(sys.argv[1], "a").write(f"{os.environ['CUDA_VISIBLE_DEVICES']} {begin} {time.time()}\\n")
 """
-
-
-def until(is_so: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < deadline, "it has not come to that"
-        time.sleep(0.05)
 
 
 def sweep(folder: Path, slots: int = 1) -> subprocess.Popen[bytes]:

@@ -23,6 +23,7 @@ import pytest
 from anchorformer.errors import UserError
 from tests.train.cases import ALIGN
 from tests.train.tracked import KEY, WANDB, histories, over, rows, synced, write
+from tests.waiting import until
 from train import rank
 from train.compose import ROOT
 from train.distributed import alone
@@ -232,11 +233,7 @@ def test_what_a_wandb_that_hung_has_not_shown_is_shown_by_sync(make_run: MakeRun
     write(folder, 1, 2)
     tracker = Background(folder)
     try:
-        deadline = time.monotonic() + 100
-        while not list(folder.tracker.glob("wandb/offline-run-*/*.wandb")):
-            assert tracker.trouble() is None
-            assert time.monotonic() < deadline, "the tracker was never started"
-            time.sleep(0.05)
+        until(lambda: any(folder.tracker.glob("wandb/offline-run-*/*.wandb")), seconds=100)
         os.killpg(tracker._process.pid, signal.SIGSTOP)  # it hangs, in the middle of a session
         write(folder, 3, 4, resumed_after=2)
         assert tracker.trouble() is None
