@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from anchorformer.devices import Device, Precision
 from anchorformer.errors import UserError
 from anchorformer.schema import TARGET, Schema
 from data.scan_config import TemplateName
@@ -20,18 +21,6 @@ class Condition(str, Enum):
     """Each question with another image of the same task."""
     none = "none"
     """The question without an image."""
-
-
-class Device(str, Enum):
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class Precision(str, Enum):
-    auto = "auto"
-    fp32 = "fp32"
-    bf16 = "bf16"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from anchorformer import decoding as decodings
 from anchorformer import hub, selectors
 from anchorformer.decoding.base import Decoding, DecodingConfig, Sight
 from anchorformer.decoding.greedy import Greedy
+from anchorformer.devices import Device, Precision
 from anchorformer.errors import UserError
 from anchorformer.model_folder import MANIFEST, sha256
 from anchorformer.modeling import AnchorFormerForConditionalGeneration
@@ -34,7 +35,7 @@ from data.features import FeatureCache
 from data.fill import fill, images_digest
 from data.images import load as load_image
 from data.record import ImageRef
-from evals.config import Device, EvalConfig, Precision
+from evals.config import EvalConfig
 from evals.memory import GIB, Memory
 from evals.questions import Question
 

@@ -28,18 +28,6 @@ class EngineName(str, Enum):
     plain = "plain"
 
 
-class Precision(str, Enum):
-    auto = "auto"
-    fp32 = "fp32"
-    bf16 = "bf16"
-
-
-class Device(str, Enum):
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
 class Checkpointing(str, Enum):
     """Whether the language model's layers are computed a second time in backward instead of being kept."""
 

@@ -9,10 +9,11 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from anchorformer.devices import Device, Precision
 from anchorformer.schema import TARGET, Schema, to_plain
 from anchorformer.tiling import UNTILED, Tiling
 from data.config import Count, DataConfig, NotNegative, Share
-from train.choices import Checkpointing, Device, EngineName, Kernels, Part, Precision, Repro, Schedule, StageName
+from train.choices import Checkpointing, EngineName, Kernels, Part, Repro, Schedule, StageName
 from train.config_checks import check
 from train.observe.span import Span
 from train.zero import ZeroConfig

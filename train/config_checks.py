@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from anchorformer.devices import Device
 from anchorformer.errors import UserError
 from anchorformer.template_names import TEMPLATE_NAMES
-from train.choices import Device, EngineName, Part, StageName
+from train.choices import EngineName, Part, StageName
 from train.zero import check_zero
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from anchorformer.devices import Device
 from anchorformer.errors import UserError
-from train.choices import Device
 from train.config import WatchdogConfig
 
 T = TypeVar("T")

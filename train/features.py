@@ -10,12 +10,12 @@ from transformers import AutoProcessor
 
 import anchorformer.auto  # noqa: F401 (makes the processor known to transformers)
 from anchorformer.configuration import AnchorFormerConfig
+from anchorformer.devices import Device
 from anchorformer.kernels import backend
 from data.counted import count
 from data.features import FeatureCache
 from data.fill import fill
 from data.mixture import Mixture, open_sources
-from train.choices import Device
 from train.config import RunConfig
 from train.precision import choose_dtype
 

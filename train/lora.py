@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from anchorformer.devices import Device
 from anchorformer.errors import UserError
-from train.choices import Device, Part
+from train.choices import Part
 from train.config import LoraConfig, RunConfig
 
 log = logging.getLogger(__name__)

@@ -6,9 +6,9 @@ import logging
 
 import torch
 
+from anchorformer.devices import Precision
 from anchorformer.errors import UserError
 from anchorformer.kernels.backend import bf16_is_fast_on_cpu
-from train.choices import Precision
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 
 import torch
 
+from anchorformer.devices import Device
 from anchorformer.errors import UserError
-from train.choices import Device, Repro
+from train.choices import Repro
 from train.config import RunConfig
 
 NO_FORM = "does not have a deterministic implementation"

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from anchorformer.devices import Device
 from anchorformer.errors import UserError
-from train.choices import Device
 from train.compose import ROOT
 from train.config import RunConfig
 from train.faults.interrupt import heeded

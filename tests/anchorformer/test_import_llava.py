@@ -16,13 +16,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from anchorformer.devices import Device
 from anchorformer.errors import UserError
 from anchorformer.import_llava import import_llava, main, read_selector
 from anchorformer.model_folder import write_manifest
 from anchorformer.processing import AnchorFormerProcessor
 from anchorformer.weights import check_folder, load_model
 from data.record import ImageRef
-from evals.config import Device, EvalConfig, EvalDataConfig
+from evals.config import EvalConfig, EvalDataConfig
 from evals.questions import Question
 from evals.respondent import load
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
+from anchorformer.devices import Device, Precision
 from anchorformer.errors import UserError
 from anchorformer.vision import VisionTower
 from data.record import ImageRef
 from evals import __main__ as command
-from evals.config import Device, EvalConfig, EvalDataConfig, Precision
+from evals.config import EvalConfig, EvalDataConfig
 from evals.questions import Question
 from evals.respondent import ModelRespondent, load
 

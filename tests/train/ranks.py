@@ -15,8 +15,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from anchorformer.devices import Device
 from train import distributed
-from train.choices import Device
 
 SECONDS = 180
 """Longest job."""

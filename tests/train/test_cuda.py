@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+from anchorformer.devices import Device
 from anchorformer.weights import load_model
 from data.collate import collate
 from tests.train.cases import ALIGN, FINETUNE, batches_for, examples_for, filler_for, load_frozen, run_config
 from tests.train.ranks import Ranks
 from tests.train.tiny_world import write_world
-from train.choices import Device
 from train.compose import ROOT
 from train.distributed import World, alone
 from train.engine import Engine, build_engine, loading

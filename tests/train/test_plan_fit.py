@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from anchorformer.devices import Device
 from anchorformer.errors import UserError
 from data.overrides import options
 from tests.train.tiny_world import write_world
-from train.choices import Checkpointing, Device
+from train.choices import Checkpointing
 from train.compose import compose
 from train.config import RunConfig
 from train.plan.cards import CARDS, card_of_device

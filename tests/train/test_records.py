@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from anchorformer.contracts import Batch
+from anchorformer.devices import Device, Precision
 from anchorformer.errors import UserError
 from evals.memory import GIB, Memory
 from tests.train.cases import ALIGN, run_config
 from train import precision
-from train.choices import Device, Part, Precision
+from train.choices import Part
 from train.config import CheckpointConfig, LogConfig
 from train.distributed import World, alone, choose_device
 from train.facts import StepFacts, gather_facts

@@ -13,10 +13,11 @@ from typing import Any
 
 import yaml
 
+from anchorformer.devices import Device, Precision
 from anchorformer.errors import UserError
 from anchorformer.schema import parse
 from data.overrides import CONF
-from train.choices import Checkpointing, Device, EngineName, Part, Precision
+from train.choices import Checkpointing, EngineName, Part
 from train.config import LoraConfig, RunConfig
 from train.plan.cards import named_card
 from train.plan.memory import Layout, Memory, MicroBatch, rank_memory

@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from anchorformer.devices import Device
 from anchorformer.errors import UserError
-from train.choices import Device
 from train.config import RunConfig
 from train.sweep.config import SweepConfig
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from train.choices import Device
+from anchorformer.devices import Device
 from train.faults.interrupt import EXIT_CODE as INTERRUPTED
 from train.preview import preview
 from train.run import lock
